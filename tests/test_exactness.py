@@ -1,0 +1,185 @@
+"""Greedy TiDAR is the model's own greedy decoding: every family, draft length, proposal and acceptance.
+
+On a random model almost every step commits one token, which would prove little. So drafts are injected: the
+autoregressive continuation, corrupted at a chosen place, such that every number of accepted drafts occurs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, WINDOW
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from tidar import layout
+from tidar.api import Model
+from tidar.checkpoint import load_model
+from tidar.config import SamplingParams
+from tidar.decode import generation
+from tidar.decode.tidar import TidarDecoder
+
+PROMPTS = [b"def add(a, b):\n    return", b"x", b"import os\n"]
+NEW = 24
+GREEDY = SamplingParams(max_new_tokens=NEW)
+
+
+@functools.cache
+def reference(folder: Path, prompt: tuple[int, ...], new: int) -> list[int]:
+    """What transformers itself generates, its own attention, fp64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+    keep = model.generation_config
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new,
+        eos_token_id=keep.eos_token_id,
+        pad_token_id=keep.pad_token_id,
+        suppress_tokens=keep.suppress_tokens,
+    )
+    tokens = torch.tensor([prompt])
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
+    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_transformers(family: str, converted: Callable[[str], Path]) -> None:
+    folder = converted(family)
+    model = Model(load_model(folder, dtype="float64"))
+    prompts = [list(p) for p in PROMPTS]
+    expected = [reference(folder, tuple(p), NEW) for p in prompts]
+    assert max(len(p) for p in prompts) + NEW > 2 * WINDOW
+    assert [c.token_ids for c in model.generate(prompts, GREEDY, method="ar")] == expected
+    for k in (1, 2, 3, 4, 8, 16):
+        assert [c.token_ids for c in model.generate(prompts, GREEDY, draft_len=k)] == expected, f"k = {k}"
+
+
+class Injected(TidarDecoder):
+    """Drafts are the truth, corrupted at a place that cycles, so that 1 … k drafts are accepted in turn.
+
+    The drafts the model itself made are compared with a fresh prefill of the committed text: what a proposal saw was
+    the prefix, the accepted drafts and its own masks, nothing else.
+    """
+
+    def __init__(self, *args: object, truth: Sequence[Sequence[int]], shift: int, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.truth = [list(t) for t in truth]
+        self.clock = shift
+        self.accepted: list[tuple[int, int]] = []  # (drafts accepted, proposal used; 0 for none)
+
+    def select(self, rows: list[int]) -> None:
+        super().select(rows)
+        self.truth = [self.truth[r] for r in rows]
+
+    def _verify(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden)
+        for n in accepted.tolist():
+            used = max((j for j in self.proposals if j <= n), default=0)
+            self.accepted.append((n, used))
+        self._used = [used for _, used in self.accepted[-len(accepted) :]]
+        return accepted, follow
+
+    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        own = super()._next_drafts(first, hidden, made)
+        k = self.draft_len
+        if self.cache.lengths and k > 1 and self.accepted:
+            self._check_proposals(hidden, made)
+        drafts = torch.empty_like(own)
+        for row, length in enumerate(self.cache.lengths):
+            ahead = (self.truth[row] + [0] * k)[length : length + k]
+            assert ahead[0] == int(first[row]), "the certain token is not the autoregressive one"
+            wrong = 1 + (self.clock + row) % k  # k: nothing is wrong
+            drafts[row] = torch.tensor([t if i < wrong else (t + 1) % 200 for i, t in enumerate(ahead)])
+        self.clock += 1
+        return drafts
+
+    def _check_proposals(self, hidden: torch.Tensor, made: torch.Tensor) -> None:
+        k = self.draft_len
+        for row, length in enumerate(self.cache.lengths):
+            n, used = self.accepted[len(self.accepted) - len(self.cache.lengths) + row]
+            if not used:
+                assert not made[row].any()
+                continue
+            base = length - n + used  # the text that the proposal saw
+            plan = layout.prefill([base], k)
+            tokens = plan.tokens(torch.tensor([self.truth[row][:base]]), self.model.mask_id)
+            fresh = self.model.hidden(tokens, plan)[0, -k:]
+            late = n - used
+            assert made[row].tolist() == [i + late < k for i in range(1, k)]
+            for place in range(1, k - late):
+                torch.testing.assert_close(hidden[row, place - 1], fresh[place + late], rtol=1e-5, atol=1e-5)
+
+
+def run_injected(model: Model, prompts: list[list[int]], new: int, k: int, proposals: Sequence[int] | None) -> None:
+    # The last step looks past the end that is asked for.
+    ahead = [SamplingParams(max_new_tokens=new + k, ignore_eos=True)] * len(prompts)
+    params = [SamplingParams(max_new_tokens=new, ignore_eos=True)] * len(prompts)
+    truth = [c.token_ids for c in model.generate(prompts, ahead, method="ar")]
+    decoders: list[Injected] = []
+
+    def make() -> Injected:
+        texts = sorted(zip(prompts, truth, strict=True), key=lambda pair: len(pair[0]))
+        decoder = Injected(
+            model.core, draft_len=k, proposals=proposals, truth=[[*p, *t] for p, t in texts], shift=len(decoders)
+        )
+        decoders.append(decoder)
+        return decoder
+
+    answers = generation.generate(model.core, prompts, params, make, batch_size=len(prompts))
+    assert [a.token_ids for a in answers] == [t[:new] for t in truth]
+    got = {n for d in decoders for n, _ in d.accepted}
+    assert got == set(range(1, k + 1)), f"accepted counts {sorted(got)} of 1 … {k}"
+    chosen = sorted(set(range(1, k + 1)) if proposals is None else set(proposals))
+    used = {used for d in decoders for _, used in d.accepted}
+    if k > 1:
+        assert used - {0} == set(chosen), "a proposal was never used"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_injected(family: str, converted: Callable[[str], Path]) -> None:
+    model = Model(load_model(converted(family), dtype="float64"))
+    run_injected(model, [list(p) for p in PROMPTS], 40, 4, None)
+
+
+@pytest.mark.parametrize(("k", "new"), [(1, 8), (2, 12), (3, 24), (8, 80), (16, 200)])
+def test_injected_lengths(qwen3: Model, k: int, new: int) -> None:
+    run_injected(qwen3, [list(p) for p in PROMPTS], new, k, None)
+
+
+@pytest.mark.parametrize("proposals", [p for n in range(4) for p in itertools.combinations(range(1, 4), n)])
+def test_injected_subsets(qwen3: Model, proposals: tuple[int, ...]) -> None:
+    run_injected(qwen3, [list(p) for p in PROMPTS], 30, 3, proposals)
+
+
+@pytest.mark.parametrize("proposals", [(1,), (16,), (4, 8, 12, 16), (2, 3, 5, 7, 11, 13), tuple(range(9, 17))])
+def test_injected_subsets_of_16(qwen3: Model, proposals: tuple[int, ...]) -> None:
+    run_injected(qwen3, [list(p) for p in PROMPTS], 200, 16, proposals)
+
+
+def test_cache_holds_what_a_fresh_prefill_would(qwen3: Model) -> None:
+    prompt = list(PROMPTS[0])
+    truth = qwen3.generate([prompt], SamplingParams(max_new_tokens=60, ignore_eos=True), method="ar")[0].token_ids
+    decoder = Injected(qwen3.core, draft_len=4, truth=[[*prompt, *truth]], shift=0)
+    fresh = TidarDecoder(qwen3.core, draft_len=4)
+    with torch.inference_mode():
+        decoder.prefill([prompt], [GREEDY])
+        for _ in range(12):
+            decoder.step()
+        length = decoder.cache.lengths[0]
+        fresh.prefill([[*prompt, *truth][:length]], [GREEDY])
+    assert length > len(prompt) + 20
+    for ours, theirs in ((decoder.cache._keys, fresh.cache._keys), (decoder.cache._values, fresh.cache._values)):
+        for mine, new in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine[:, :, :length], new[:, :, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_long_prompts_in_pieces(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(b"abcdefgh" * 9), list(b"xyz"), list(b"0123456789" * 4)]
+    whole = [c.token_ids for c in qwen3.generate(prompts, GREEDY)]
+    monkeypatch.setattr("tidar.decode.base.PREFILL_PIECE", 16)
+    pieces = qwen3.generate(prompts, GREEDY, draft_len=4)
+    assert [c.token_ids for c in pieces] == whole
+    assert pieces[0].forwards >= 5 + 1  # ceil(72 / 16) pieces, then steps

@@ -1,0 +1,155 @@
+"""The public face: ``tidar.load(...)`` and what it returns."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from tidar import checkpoint
+from tidar.config import SamplingParams
+from tidar.decode import generation
+from tidar.decode.ar import ArDecoder
+from tidar.decode.base import Decoder
+from tidar.decode.generation import Chunk, Completion
+from tidar.decode.tidar import Acceptance, TidarDecoder
+from tidar.errors import TidarError
+from tidar.model import CausalLM
+
+__all__ = ["Method", "Model", "load"]
+
+Method = Literal["ar", "tidar"]
+Prompt = str | Sequence[int]
+
+
+class Model:
+    """A loaded checkpoint that generates text.
+
+    Attributes:
+        core: the network and its tokenizer, for training and for decoders of one's own.
+    """
+
+    def __init__(self, core: CausalLM) -> None:
+        self.core = core
+
+    @property
+    def draft_len(self) -> int:
+        """The draft length used when none is given: the longest trained."""
+        trained = self.core.spec.block_sizes if self.core.spec else ()
+        return max(trained, default=8)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        method: Method = "tidar",
+        draft_len: int | None = None,
+        proposals: Sequence[int] | None = None,
+        acceptance: Acceptance = "gumbel",
+        beta: float = 1.0,
+        batch_size: int = 8,
+    ) -> list[Completion]:
+        """Complete prompts. The same seed gives the same tokens whatever the method, draft length, proposals and batch.
+
+        Args:
+            prompts: one prompt or several; text, or token ids.
+            params: sampling parameters for all prompts or one for each; greedy by default.
+            method: ``tidar``, or ``ar`` for one token a forward.
+            draft_len: drafts a step; by default the longest the model was trained for.
+            proposals: numbers of accepted drafts to draft ahead for, among 1 … draft_len; all by default.
+            acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
+            beta: below 1 trusts the drafts and is lossy.
+            batch_size: prompts decoded at a time.
+
+        Returns:
+            One `Completion` a prompt, in order.
+
+        Raises:
+            TidarError: bad prompts or parameters, or a checkpoint without a mask token.
+        """
+        texts, each = self._requests(prompts, params)
+        maker = self._maker(method, draft_len, proposals, acceptance, beta)
+        return generation.generate(self.core, texts, each, maker, _positive(batch_size))
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        method: Method = "tidar",
+        draft_len: int | None = None,
+        proposals: Sequence[int] | None = None,
+        acceptance: Acceptance = "gumbel",
+        beta: float = 1.0,
+        batch_size: int = 8,
+    ) -> Iterator[Chunk]:
+        """As `generate`, but yields a `Chunk` for every forward and prompt as soon as it is done."""
+        texts, each = self._requests(prompts, params)
+        maker = self._maker(method, draft_len, proposals, acceptance, beta)
+        return generation.stream(self.core, texts, each, maker, _positive(batch_size))
+
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[Sequence[int]], list[SamplingParams]]:
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item,assignment]
+        texts = [self.core.tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in many]
+        if params is None or isinstance(params, SamplingParams):
+            return texts, [params or SamplingParams()] * len(texts)
+        if len(params) != len(texts):
+            raise TidarError(f"{len(params)} sampling parameters for {len(texts)} prompts: give one, or one each")
+        return texts, list(params)
+
+    def _maker(
+        self,
+        method: Method,
+        draft_len: int | None,
+        proposals: Sequence[int] | None,
+        acceptance: Acceptance,
+        beta: float,
+    ) -> Callable[[], Decoder]:
+        if method == "ar":
+            return lambda: ArDecoder(self.core)
+        if method != "tidar":
+            raise TidarError(f"method '{method}' is unknown: use 'tidar' or 'ar'")
+        _ = self.core.mask_id  # refuses a checkpoint that was not converted
+        length = self.draft_len if draft_len is None else draft_len
+        trained = self.core.spec.block_sizes if self.core.spec else ()
+        if not trained:
+            warnings.warn(f"{self.core.path} is converted but not trained: drafts will be poor", stacklevel=3)
+        elif length > max(trained):
+            warnings.warn(
+                f"draft length {length} is beyond the {max(trained)} the model was trained for: drafts will be poor",
+                stacklevel=3,
+            )
+        return lambda: TidarDecoder(
+            self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta
+        )
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str] | None = None, *, device: str | None = None, dtype: str | None = None
+) -> Model:
+    """Load a checkpoint.
+
+    Args:
+        path_or_hub_id: local folder or hub id; the reference checkpoint that ships with the package by default.
+        device: ``cuda`` where there is one, else ``cpu``.
+        dtype: float32 on CPU and the checkpoint's own elsewhere by default.
+
+    Raises:
+        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available.
+    """
+    import torch
+
+    path = checkpoint.embedded_checkpoint() if path_or_hub_id is None else path_or_hub_id
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype))
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise TidarError(f"batch_size must be at least 1, not {batch_size}")
+    return batch_size

@@ -1,0 +1,224 @@
+"""Checkpoints: plain Hugging Face folders, read and written whole or not at all.
+
+A TiDAR checkpoint keeps its ``model_type``; a ``tidar`` key in config.json and a mask token in the tokenizer are all
+that is added, so it still loads as an autoregressive model everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as hf_logging
+
+from tidar import attention
+from tidar.config import Architecture
+from tidar.errors import TidarError
+from tidar.families import check_config
+from tidar.model import KEY, CausalLM, Spec
+
+__all__ = ["create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
+
+
+def embedded_checkpoint() -> Path:
+    """Where the reference checkpoint that ships with the package lies."""
+    return Path(__file__).parent / "assets" / "python-17m"
+
+
+def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str | None = None) -> CausalLM:
+    """Load a local folder or a hub id.
+
+    Args:
+        path: folder or hub id.
+        device: ``cpu``, ``cuda``, ``cuda:1`` …
+        dtype: ``float32``, ``bfloat16``, ``float64``, ``float16``, or ``auto`` for the checkpoint's own; by default float32 on CPU (bf16 rounding makes
+            ties, and ties break exactness) and the checkpoint's own elsewhere.
+
+    Raises:
+        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available.
+    """
+    name = os.fspath(path)
+    local = Path(name).exists()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise TidarError(f"no checkpoint at {name}: give a folder with config.json and *.safetensors, or a hub id")
+    target = _device(device)
+    wanted = _dtype(dtype, target)
+    config = _guarded(name, local, lambda: AutoConfig.from_pretrained(name))
+    check_config(config)
+    if wanted == torch.float64:
+        config._experts_implementation = "eager"  # the grouped kernels of mixture-of-experts layers know no fp64
+    tokenizer = _guarded(name, local, lambda: AutoTokenizer.from_pretrained(name))
+    with _quiet():
+        hf, report = _guarded(
+            name,
+            local,
+            lambda: AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=wanted, attn_implementation=attention.NAME, output_loading_info=True
+            ),
+        )
+    absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    if absent:
+        raise TidarError(f"checkpoint {name} is damaged: {len(absent)} weights missing or misshapen, first {absent[0]}")
+    try:
+        hf = hf.to(target).eval()
+    except torch.OutOfMemoryError:
+        size = sum(p.numel() * p.element_size() for p in hf.parameters()) / 2**30
+        raise TidarError(f"{name} needs {size:.1f} GiB, more than {target} has free; try a smaller dtype") from None
+    model = CausalLM(hf, tokenizer, name)
+    model.probe()
+    return model
+
+
+def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, seed: int = 0) -> CausalLM:
+    """A freshly initialised Qwen3 model in fp32 for the tokenizer in ``tokenizer_dir``, which must have a mask token."""
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer_dir))
+    if tokenizer.mask_token_id is None:
+        raise TidarError(f"the tokenizer in {tokenizer_dir} has no mask token: add one (mask_token) and save it again")
+    config = Qwen3Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=arch.hidden_size,
+        num_hidden_layers=arch.layers,
+        num_attention_heads=arch.heads,
+        num_key_value_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        intermediate_size=arch.intermediate_size,
+        max_position_embeddings=arch.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=attention.NAME,
+    )
+    setattr(config, KEY, asdict(Spec(mask_token_id=tokenizer.mask_token_id)))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    hf = Qwen3ForCausalLM(config).float()
+    torch.random.set_rng_state(state)
+    hf.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[tokenizer.mask_token_id, *range(len(tokenizer), config.vocab_size)],
+    )
+    model = CausalLM(hf, tokenizer, "a fresh model")
+    model.probe()
+    return model
+
+
+def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | None = None) -> None:
+    """Write a plain Hugging Face folder, whole or not at all.
+
+    Args:
+        model: what to save; its spec becomes the ``tidar`` key of config.json.
+        out: folder that must not exist or be empty.
+        dtype: dtype of the weights in the file; the model's own by default.
+
+    Raises:
+        TidarError: the folder is taken, or the disk is full.
+    """
+
+    def fill(folder: Path) -> None:
+        kept = None if model.spec is None else asdict(model.spec)
+        if kept is not None:
+            setattr(model.hf.config, KEY, kept)
+        state = None
+        if dtype is not None:
+            wanted = _dtype(dtype, torch.device("cpu"))
+            state = {name: p.detach().to(wanted) for name, p in model.hf.state_dict().items()}
+        before = model.hf.config.dtype
+        try:
+            model.hf.config.dtype = before if dtype is None else _dtype(dtype, torch.device("cpu"))
+            with _quiet():
+                model.hf.save_pretrained(folder, state_dict=state)
+        finally:
+            model.hf.config.dtype = before
+        model.tokenizer.save_pretrained(folder)
+
+    write_folder(out, fill)
+
+
+def write_folder(out: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write into a folder beside ``out``, then rename: ``out`` is whole or absent.
+
+    Raises:
+        TidarError: ``out`` exists and is not empty, or it cannot be written (disk full, no permission).
+    """
+    final = Path(out)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise TidarError(f"{final} exists already: choose another folder, or remove it first")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        raise TidarError(f"cannot write {final}: {error.strerror or error}") from error
+    try:
+        fill(part)
+        part.chmod(0o755)
+        if final.exists():
+            final.rmdir()
+        os.replace(part, final)
+    except Exception as error:
+        # safetensors wraps the disk's errors in its own type
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise TidarError(f"cannot write {final}: {error}; free some space and try again") from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no table of missing weights on top of our one-line error."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TidarError(f"device '{name}' is not available here: use --device cpu, or see `tidar info`") from error
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype | str:
+    if name is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name == "auto":
+        return name
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(name, name)
+    dtype = getattr(torch, short, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TidarError(f"dtype '{name}' is unknown: use float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def _guarded(name: str, local: bool, load: Callable[[], Any]) -> Any:
+    """Run a transformers loader; what goes wrong becomes one line with a remedy."""
+    try:
+        return load()
+    except TidarError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if local:
+            raise TidarError(f"cannot load the checkpoint in {name} (missing or damaged file): {first}") from error
+        raise TidarError(f"cannot fetch '{name}' from the hub, and it is no local folder: {first}") from error

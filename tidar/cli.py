@@ -1,0 +1,226 @@
+"""The ``tidar`` command. Each subcommand is a dataclass; its docstrings are ``--help``.
+
+torch and transformers are imported inside ``run``, so that ``--help`` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+
+import tyro
+from tyro.conf import Positional, arg
+
+from tidar.config import SamplingParams
+from tidar.errors import TidarError
+
+if TYPE_CHECKING:
+    from tidar.api import Model
+    from tidar.decode.generation import Completion
+
+__all__ = ["main"]
+
+T = TypeVar("T")
+Flattened = Annotated[T, arg(name="")]
+
+
+class Command(Protocol):
+    def run(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Which model, and where it runs."""
+
+    model: Annotated[str | None, arg(metavar="FOLDER|HUB-ID")] = None
+    """Checkpoint; by default the one that comes with the package."""
+    device: Annotated[str | None, arg(metavar="cpu|cuda")] = None
+    """By default cuda where there is one, else cpu."""
+    dtype: Annotated[str | None, arg(metavar="float32|bfloat16|float16|float64")] = None
+    """By default float32 on cpu and the checkpoint's own elsewhere."""
+
+    def load(self) -> Model:
+        from transformers.utils import logging
+
+        from tidar.api import load
+
+        logging.disable_progress_bar()
+        return load(self.model, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How text is decoded. Nothing here but `acceptance` and `beta` changes the text."""
+
+    method: Literal["tidar", "ar"] = "tidar"
+    """`ar` is one token a forward."""
+    draft_len: Annotated[int | None, arg(metavar="K")] = None
+    """Drafts a step; by default the longest the model was trained for."""
+    proposals: Annotated[tuple[int, ...] | None, arg(metavar="J …")] = None
+    """Numbers of accepted drafts to draft ahead for, among 1 … K; all by default."""
+    acceptance: Literal["gumbel", "ratio"] = "gumbel"
+    """`ratio` is the min(1, p/q) rule: the same distribution, other tokens."""
+    beta: float = 1.0
+    """Below 1 trusts the drafts: LOSSY, the text is no longer that of the autoregressive model."""
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `Model.generate` and `Model.stream`."""
+        return vars(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Complete real Python prompts with AR and with TiDAR, and compare tokens and speed."""
+
+    checkpoint: Flattened[Checkpoint] = Checkpoint()
+    json: bool = False
+    """Print the numbers as one JSON object and nothing else."""
+
+    def run(self) -> None:
+        from tidar import demo
+
+        demo.run(self.checkpoint.load(), as_json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Complete a prompt, or every prompt of a file."""
+
+    prompt: Annotated[str | None, arg(metavar="TEXT")] = None
+    """The text to go on from."""
+    prompt_file: Annotated[str | None, arg(metavar="FILE")] = None
+    """Prompts, one JSON string a line (- is standard input); prints one JSON answer a line."""
+    checkpoint: Flattened[Checkpoint] = Checkpoint()
+    decoding: Flattened[Decoding] = Decoding()
+    sampling: Flattened[SamplingParams] = SamplingParams()
+    json: bool = False
+    """Print a JSON object with text, token_ids, finish_reason, forwards, tokens_per_forward, prompt_tokens."""
+
+    def run(self) -> None:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise TidarError("nothing to complete: give either --prompt TEXT or --prompt-file FILE")
+        prompts = [self.prompt] if self.prompt is not None else list(_read_prompts(self.prompt_file or ""))
+        model = self.checkpoint.load()
+        options = self.decoding.options()
+        if self.prompt is not None and not self.json:
+            for chunk in model.stream(self.prompt, self.sampling, **options):
+                print(chunk.text, end="", flush=True)
+            print()
+            return
+        for answer in model.generate(prompts, self.sampling, **options):
+            print(json.dumps(_as_dict(answer), ensure_ascii=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Complete text, or talk to an instruction-tuned model, in the terminal."""
+
+    checkpoint: Flattened[Checkpoint] = Checkpoint()
+    decoding: Flattened[Decoding] = Decoding()
+    sampling: Flattened[SamplingParams] = SamplingParams()
+
+    def run(self) -> None:
+        from tidar import chat
+
+        chat.run(self.checkpoint.load(), self.sampling, self.decoding.options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Give an autoregressive checkpoint a mask token, so that it can be trained."""
+
+    src: Positional[str]
+    """Local folder or hub id."""
+    out: Positional[str]
+    """Folder to write; must not exist or be empty."""
+
+    def run(self) -> None:
+        from tidar.convert import convert
+
+        convert(self.src, self.out)
+        print(f"wrote {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Versions, devices and the default checkpoint: what a bug report needs."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        from tidar import info
+
+        found = info.collect()
+        if self.json:
+            print(json.dumps(found))
+        else:
+            info.show(found)
+
+
+def _as_dict(answer: Completion) -> dict[str, Any]:
+    return {**vars(answer), "tokens_per_forward": answer.tokens_per_forward}
+
+
+def _read_prompts(path: str) -> Iterator[str]:
+    try:
+        lines = (sys.stdin.buffer if path == "-" else Path(path).open("rb")).read().splitlines()
+    except OSError as error:
+        raise TidarError(f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line.decode())
+        except ValueError:  # bad UTF-8 and bad JSON alike
+            prompt = None
+        if not isinstance(prompt, str):
+            raise TidarError(f'{path}:{number}: not a JSON string; write one prompt a line, such as "def f(x):\\n"')
+        yield prompt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 141 for a closed pipe."""
+    warnings.showwarning = _show_warning
+    try:
+        try:
+            _parse(argv).run()
+        finally:
+            sys.stdout.flush()
+    except TidarError as error:
+        print(f"tidar: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> Command:
+    # A union is what tyro makes subcommands of; its type cannot be spelled as `type[T]`.
+    commands: Any = Demo | Generate | Chat | Convert | Info
+    command: Command = tyro.cli(
+        commands,
+        prog="tidar",
+        description="TiDAR language models: think in diffusion, talk in autoregression.",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return command
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    """Ours in one line; what libraries warn their developers of is not for users."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        print(f"tidar: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -1,0 +1,55 @@
+"""``tidar convert``: give an autoregressive checkpoint a mask token, and nothing else."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import AddedToken
+
+from tidar.checkpoint import load_model, save_model
+from tidar.errors import TidarError
+from tidar.model import CausalLM, Spec
+
+__all__ = ["convert"]
+
+MASK_TOKEN = "<|mask|>"
+
+
+def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> CausalLM:
+    """Write a copy of ``source`` that has a mask token and a ``tidar`` key; its text stays the same.
+
+    A tokenizer's own mask token is kept. Otherwise the mask takes an unused row of the embedding where there is one
+    (Qwen has hundreds) and a new row where there is none; the row starts as the mean of the used ones. The mask is
+    written to ``suppress_tokens``, so that plain transformers never produces it either.
+
+    Args:
+        source: local folder or hub id of a supported family.
+        out: folder to write; must not exist or be empty.
+
+    Returns:
+        The converted model, as saved. It drafts badly until it is trained.
+
+    Raises:
+        TidarError: unsupported source, already converted, or ``out`` cannot be written.
+    """
+    model = load_model(source, dtype="auto")
+    if model.spec is not None:
+        raise TidarError(f"{source} is converted already: train it with `tidar train`, or use it as it is")
+    tokenizer, hf = model.tokenizer, model.hf
+    if tokenizer.mask_token_id is None:
+        used = len(tokenizer)
+        tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True)})
+        rows = hf.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            hf.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+        with torch.no_grad():
+            table = hf.get_input_embeddings().weight
+            mean = table[:used].float().mean(0).to(table.dtype)
+            table[rows:] = mean
+            table[tokenizer.mask_token_id] = mean
+    fresh = CausalLM(hf, tokenizer, str(source))
+    fresh.spec = Spec(mask_token_id=int(tokenizer.mask_token_id))
+    hf.generation_config.suppress_tokens = sorted({*fresh.suppressed, fresh.spec.mask_token_id})
+    save_model(fresh, out)
+    return load_model(out, dtype="auto")

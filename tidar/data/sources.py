@@ -1,0 +1,173 @@
+"""Documents, one after the other, from wherever a source names."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tidar.data.config import DataConfig
+from tidar.errors import TidarError
+
+__all__ = ["Document", "documents", "identity"]
+
+HUB = "hf:"
+RETRIES = 3  # without a document in between
+PAUSE = 2.0  # seconds before the first retry, doubled with each
+
+
+class Document(NamedTuple):
+    """A text, and where it came from for error messages."""
+
+    origin: str
+    text: str
+
+
+def documents(source: str, config: DataConfig) -> Iterator[Document]:
+    """The documents of one source in a fixed order, at most ``config.max_documents``.
+
+    Raises:
+        TidarError: the source is missing, unreadable, truncated or not UTF-8, a document has no text, or a download
+            broke off and did not come back.
+    """
+    found = _hub(source, config) if source.startswith(HUB) else _local(source, config)
+    return islice(found, config.max_documents)
+
+
+def identity(source: str, config: DataConfig) -> list[Any]:
+    """What tells a changed source from an unchanged one: names, sizes and times of files.
+
+    A Hugging Face data set is taken to be unchanged.
+    """
+    if source.startswith(HUB):
+        return [source]
+    stats = [(path, path.stat()) for path in _files(source, config)]
+    return [source, *([str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats)]
+
+
+def _files(source: str, config: DataConfig) -> list[Path]:
+    root = Path(source).expanduser()
+    if not root.exists():
+        raise TidarError(f"no data source {source}: name a folder, a file or hf:OWNER/NAME")
+    if root.is_file():
+        return [root]
+    found = [
+        path
+        for path in root.rglob("*")
+        if path.name.endswith(config.extensions)
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+    ]
+    if not found:
+        raise TidarError(f"{source} has no file ending in {', '.join(config.extensions)}: set extensions")
+    return sorted(found)
+
+
+def _local(source: str, config: DataConfig) -> Iterator[Document]:
+    for path in _files(source, config):
+        try:
+            if path.name.endswith((".jsonl", ".jsonl.gz")):
+                yield from _jsonl(path, config.text_field)
+            elif path.suffix == ".parquet":
+                yield from _parquet(path, config.text_field)
+            else:
+                yield Document(str(path), _utf8(path.read_bytes(), str(path)))
+        except (OSError, EOFError) as error:
+            raise TidarError(f"cannot read {path} ({error}): mend it or take it out of the sources") from error
+
+
+def _utf8(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TidarError(f"{origin} is not UTF-8 (byte {error.start}): convert it or take it out") from error
+
+
+def _jsonl(path: Path, field: str) -> Iterator[Document]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            origin = f"{path} line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(_utf8(line, origin))
+            except json.JSONDecodeError as error:
+                raise TidarError(f"{origin} is not JSON ({error.msg}), perhaps truncated: mend the file") from error
+            yield Document(origin, _text(row, field, origin))
+
+
+def _parquet(path: Path, field: str) -> Iterator[Document]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise TidarError(f"{path} needs pyarrow: pip install 'tidar[train]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise TidarError(_no_field(str(path), field, file.schema_arrow.names))
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Document(f"{path} row {number}", _text(row, field, f"{path} row {number}"))
+    except ArrowException as error:
+        raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
+
+
+def _text(row: Any, field: str, origin: str) -> str:
+    if not isinstance(row, dict):
+        raise TidarError(f"{origin} is no JSON object with a field {field!r}: mend the file")
+    if field not in row:
+        raise TidarError(_no_field(origin, field, list(row)))
+    text = row[field]
+    if not isinstance(text, str):
+        raise TidarError(f"{origin}: field {field!r} holds {type(text).__name__}, not text; set text_field")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TidarError(f"{origin} has half a surrogate pair (character {error.start}): mend or remove it") from error
+    return text
+
+
+def _no_field(origin: str, field: str, names: list[str]) -> str:
+    return f"{origin} has no field {field!r}: set text_field to one of {', '.join(names)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _hub(source: str, config: DataConfig) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise TidarError(f"{source} needs the datasets package: pip install 'tidar[train]'") from error
+    path, _, split = source.removeprefix(HUB).partition(":")
+    parts = path.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise TidarError(f"{source} is no data set: write hf:OWNER/NAME[/CONFIG][:SPLIT]")
+    name, subset = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    taken = failures = 0
+    while True:
+        try:
+            stream = load_dataset(name, subset, split=split or "train", streaming=True)
+            for row in stream.skip(taken):
+                document = Document(f"{source} document {taken + 1}", "")
+                yield document._replace(text=_text(row, config.text_field, document.origin))
+                taken += 1
+                failures = 0
+            return
+        except TidarError:
+            raise
+        except (FileNotFoundError, ValueError) as error:
+            raise TidarError(f"cannot read {source} ({_first_line(error)}): check its name and split") from error
+        except Exception as error:  # whatever the network libraries underneath raise
+            failures += 1
+            if failures > RETRIES:
+                why = _first_line(error)
+                raise TidarError(f"{source} broke off after {taken} documents ({why}): try again later") from error
+            time.sleep(PAUSE * 2 ** (failures - 1))

@@ -1,0 +1,210 @@
+"""``tidar demo``: the same text from AR and from TiDAR, side by side, timed on this machine.
+
+Both methods run through the same code on the same prompts, one prompt at a time. Draft lengths are tried first, on
+prompts of their own. The timed runs print nothing, take turns, and count by their median.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tidar.api import Method, Model
+from tidar.config import SamplingParams
+from tidar.decode.generation import Completion
+
+__all__ = ["run"]
+
+PARAMS = SamplingParams(max_new_tokens=96)
+TRIAL = SamplingParams(max_new_tokens=48)
+REPEATS = 3
+COLOURS = ("bright_cyan", "bright_yellow")
+
+TRIAL_PROMPTS = (
+    '''def read_lines(path, encoding="utf-8"):
+    """Return the lines of a text file without their line ends."""
+''',
+    '''class Stack:
+    """A last-in, first-out container."""
+
+    def __init__(self):
+        self._items = []
+
+''',
+)
+
+PROMPTS = (
+    '''import argparse
+
+
+def build_parser():
+    """Return the command line parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+''',
+    '''def is_palindrome(text):
+    """Return True if text reads the same in both directions.
+
+    >>> is_palindrome("level")
+    True
+    """
+''',
+    '''class Point:
+    """A point in the plane."""
+
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+
+    def __repr__(self):
+''',
+    '''import os
+
+
+def find_files(root, suffix):
+    """Yield the path of every file below root whose name ends with suffix."""
+    for dirpath, dirnames, filenames in os.walk(root):
+''',
+    '''import unittest
+
+
+class TestCounter(unittest.TestCase):
+    def test_empty(self):
+        self.assertEqual(Counter("").most_common(), [])
+
+    def test_letters(self):
+''',
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """How TiDAR drafts; it changes the speed, never the text."""
+
+    draft_len: int
+    proposals: tuple[int, ...]
+
+    def __str__(self) -> str:
+        kept = "all" if len(self.proposals) == self.draft_len else ", ".join(map(str, self.proposals))
+        return f"draft length {self.draft_len}, proposals {kept}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One method over all prompts: the answers, and the median seconds each took."""
+
+    answers: list[Completion]
+    seconds: list[float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(a.token_ids) for a in self.answers) / sum(self.seconds)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return sum(len(a.token_ids) for a in self.answers) / sum(a.forwards for a in self.answers)
+
+
+def run(model: Model, *, as_json: bool = False) -> None:
+    """Show, measure and compare; print the numbers as a table or as one JSON object."""
+    console = Console(quiet=as_json)
+    console.print(f"[dim]{model.core.path} on {model.core.device}; trying draft lengths …[/]")
+    drafting = fastest(model)
+    console.print(f"[dim]fastest here: {drafting}[/]\n")
+    if not as_json:
+        for prompt in PROMPTS:
+            _show(console, model, prompt, drafting)
+        console.print("[dim]timing both, without printing …[/]")
+    ar, tidar = compare(model, PROMPTS, drafting)
+    same = [a.token_ids == t.token_ids for a, t in zip(ar.answers, tidar.answers, strict=True)]
+    numbers = {
+        "identical": all(same),
+        "tokens_per_forward": tidar.tokens_per_forward,
+        "ar_tokens_per_second": ar.tokens_per_second,
+        "tidar_tokens_per_second": tidar.tokens_per_second,
+        "speedup": tidar.tokens_per_second / ar.tokens_per_second,
+        "draft_len": drafting.draft_len,
+        "proposals": drafting.proposals,
+    }
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    table = Table(title=f"{len(PROMPTS)} prompts, greedy, batch 1, median of {REPEATS} runs")
+    for heading in ("", "tokens per forward", "tokens/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, timing in (("AR", ar), (f"TiDAR, {drafting}", tidar)):
+        table.add_row(name, f"{timing.tokens_per_forward:.2f}", f"{timing.tokens_per_second:.1f}")
+    console.print(table)
+    console.print(f"same tokens: [bold]{'yes' if all(same) else 'no'}[/] ({sum(same)} of {len(same)} prompts)")
+    console.print(f"speed-up:    [bold]{numbers['speedup']:.2f}x[/]")
+
+
+def candidates(longest: int) -> Iterator[Drafting]:
+    """Draft lengths up to ``longest``, each with all proposals and with the powers of two.
+
+    Every proposal costs k queries: free on a GPU, dear on a CPU.
+    """
+    for k in sorted({k for k in (2, 3, 4, 6, 8, 12, 16) if k <= longest} | {longest}):
+        yield Drafting(draft_len=k, proposals=tuple(range(1, k + 1)))
+        powers = tuple(j for j in (1, 2, 4, 8, 16) if j <= k)
+        if len(powers) < k:
+            yield Drafting(draft_len=k, proposals=powers)
+
+
+def fastest(model: Model) -> Drafting:
+    """The candidate with the most tokens a second on the trial prompts."""
+
+    def seconds_per_token(drafting: Drafting) -> float:
+        # Twice, the quicker counts: the first run of a shape also pays for memory and kernels.
+        runs = [[_timed(model, p, TRIAL, "tidar", drafting) for p in TRIAL_PROMPTS] for _ in range(2)]
+        return min(sum(s for _, s in r) / sum(len(a.token_ids) for a, _ in r) for r in runs)
+
+    return min(candidates(model.draft_len), key=seconds_per_token)
+
+
+def compare(model: Model, prompts: Sequence[str], drafting: Drafting) -> tuple[Timing, Timing]:
+    """AR and TiDAR over ``prompts``, taking turns, so that a machine that slows down slows both."""
+    methods: tuple[Method, Method] = ("ar", "tidar")
+    answers: dict[str, list[Completion]] = {}
+    seconds: dict[str, list[list[float]]] = {m: [[] for _ in prompts] for m in methods}
+    for method in methods:  # also warms up
+        answers[method] = [_timed(model, p, PARAMS, method, drafting)[0] for p in prompts]
+    for turn in range(REPEATS):
+        for number, prompt in enumerate(prompts):
+            for method in methods if turn % 2 == 0 else methods[::-1]:
+                seconds[method][number].append(_timed(model, prompt, PARAMS, method, drafting)[1])
+    ar, tidar = (Timing(answers=answers[m], seconds=[median(s) for s in seconds[m]]) for m in methods)
+    return ar, tidar
+
+
+def _timed(
+    model: Model, prompt: str, params: SamplingParams, method: Method, drafting: Drafting
+) -> tuple[Completion, float]:
+    # Answers are lists on the host, so the device has finished when `generate` returns.
+    begin = time.perf_counter()
+    [answer] = model.generate(prompt, params, method=method, **_options(method, drafting))
+    return answer, time.perf_counter() - begin
+
+
+def _options(method: Method, drafting: Drafting) -> dict[str, Any]:
+    return vars(drafting) if method == "tidar" else {}
+
+
+def _show(console: Console, model: Model, prompt: str, drafting: Drafting) -> None:
+    """Stream both answers; the tokens that one forward committed share a colour."""
+    for method, name in (("ar", "AR"), ("tidar", "TiDAR")):
+        console.rule(f"[bold]{name}", align="left", style="dim")
+        console.print(Text(prompt, style="dim"), end="")
+        forwards = tokens = 0
+        for chunk in model.stream(prompt, PARAMS, method=method, **_options(method, drafting)):  # type: ignore[arg-type]
+            console.print(Text(chunk.text, style=COLOURS[forwards % len(COLOURS)]), end="", soft_wrap=True)
+            forwards += 1
+            tokens += len(chunk.token_ids)
+        console.print(f"\n[dim]{tokens} tokens, {forwards} forwards[/]\n")

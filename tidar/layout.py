@@ -1,0 +1,231 @@
+"""Who sees whom: the one idea of TiDAR, as data.
+
+A forward holds two kinds of queries. *Clean* tokens (text, drafts) attend causally; *mask* tokens attend to some
+clean prefix and, in both directions, to their own block. So what any query may see is always **two runs of key
+slots**: one causal, one block.
+
+- training  ``[x_1 … x_S | mask × S]``: a mask's causal run ends where its block begins (paper, section 3.1)
+- prefill   ``[prompt | mask × k]``: the masks are the first draft (paper, section 3.2)
+- step      ``[d_1 … d_k | mask × k | … ]``: block j drafts for "exactly j of the drafts accepted" (Figure 3)
+- causal    ordinary autoregressive decoding
+
+Everything else (dense masks, FlexAttention block masks, cache writes, the pictures in the docs) is derived from a
+`Layout`. A sliding window only raises the lower ends of the runs, so nothing downstream knows about it.
+
+Shapes: B rows, L queries, C clean queries, k draft length. Slots count keys within a row; positions count tokens
+within a document and are what RoPE sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tidar.errors import TidarError
+
+__all__ = ["Layout", "all_proposals", "causal", "check_proposals", "packed", "prefill", "step", "training"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """The queries of one forward, clean ones first, and what each may see.
+
+    Attributes:
+        positions: (B, L) int64, position of each query in its document.
+        slots: (B, L) int64, the key slot each query's own key is written to.
+        causal: (B, L, 2) int64, the run ``[first, end)`` of clean key slots a query sees; its first slot is the
+            document's position 0.
+        block: (B, L, 2) int64, the run ``[first, end)`` of slots of the query's own mask block; empty for clean ones.
+        clean: number of clean queries C (text, drafts and padding); queries C … L-1 are mask tokens.
+        rows: (R,) int64, the queries whose logits are read.
+        kv_len: key slots the forward attends over.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    causal: Tensor
+    block: Tensor
+    clean: int
+    rows: Tensor
+    kv_len: int
+
+    @property
+    def queries(self) -> int:
+        return self.positions.shape[1]
+
+    def tokens(self, clean_BC: Tensor, mask_id: int) -> Tensor:
+        """Input ids (B, L): the given clean tokens, then mask tokens."""
+        masks = clean_BC.new_full((clean_BC.shape[0], self.queries - self.clean), mask_id)
+        return torch.cat([clean_BC, masks], dim=1)
+
+    def windowed(self, window: int | None) -> Layout:
+        """The same layout under a sliding window: keys at positions ``> position - window`` only."""
+        if window is None:
+            return self
+        first_seen = self.causal[..., 0] + (self.positions - window + 1).clamp(min=0)
+        causal = torch.stack([first_seen, self.causal[..., 1]], -1)
+        first_mate = torch.maximum(self.block[..., 0], self.slots - window + 1)
+        return replace(self, causal=causal, block=torch.stack([first_mate, self.block[..., 1]], -1))
+
+    def to(self, device: torch.device | str) -> Layout:
+        moved = {n: getattr(self, n).to(device) for n in ("positions", "slots", "causal", "block", "rows")}
+        return replace(self, **moved)
+
+
+def _run(first: Tensor | int, end: Tensor, shape: Sequence[int]) -> Tensor:
+    first = torch.as_tensor(first, device=end.device)
+    return torch.stack([first.expand(*shape), end.expand(*shape)], -1)
+
+
+def causal(lengths: Sequence[int], new: int = 1, *, device: torch.device | str = "cpu") -> Layout:
+    """``new`` clean tokens a row after ``lengths[b]`` cached ones; only the last one's logits are read."""
+    base = torch.tensor(lengths, device=device)[:, None]
+    slots = base + torch.arange(new, device=device)
+    return Layout(
+        positions=slots,
+        slots=slots,
+        causal=_run(0, slots + 1, slots.shape),
+        block=torch.zeros(*slots.shape, 2, dtype=torch.long, device=device),
+        clean=new,
+        rows=torch.tensor([new - 1], device=device),
+        kv_len=max(lengths) + new,
+    )
+
+
+def prefill(
+    counts: Sequence[int], k: int, *, starts: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Layout:
+    """``[padding | prompt | mask × k]``, read at the last prompt token and the masks.
+
+    Prompts of different lengths are aligned at their ends, so that the rows to read are the same in every row of the
+    batch; padding stands *behind* the row's own slots and sees only itself. ``k = 0`` is the autoregressive prefill.
+
+    Args:
+        counts: prompt tokens of each row in this forward.
+        k: masks that follow.
+        starts: tokens of each row already in the cache (a prompt may be prefilled in pieces).
+    """
+    width = max(counts)
+    count = torch.tensor(counts, device=device)[:, None]
+    start = torch.tensor(starts if starts is not None else [0] * len(counts), device=device)[:, None]
+    column = torch.arange(width + k, device=device)
+    index = column - (width - count)  # place among the row's real queries; negative for padding
+    real = index >= 0
+    end = start + count
+    position = start + index
+    slots = torch.where(real, position, end + k + column)
+    is_mask = column >= width
+    block_first = torch.where(is_mask, end, torch.where(real, 0, slots))
+    block_end = torch.where(is_mask, end + k, torch.where(real, 0, slots + 1))
+    causal_end = torch.where(is_mask, end, torch.where(real, position + 1, 0))
+    return Layout(
+        positions=torch.where(real, position, 0),
+        slots=slots,
+        causal=_run(0, causal_end, slots.shape),
+        block=torch.stack([block_first, block_end], -1),
+        clean=width,
+        rows=torch.arange(width - 1, width + k, device=device),
+        kv_len=int((start + width).max()) + k,
+    )
+
+
+def all_proposals(k: int) -> tuple[int, ...]:
+    return tuple(range(1, k + 1))
+
+
+def check_proposals(k: int, proposals: Sequence[int]) -> tuple[int, ...]:
+    """Sorted, distinct proposals within 1…k; `TidarError` otherwise."""
+    chosen = tuple(sorted(set(proposals)))
+    if k < 1:
+        raise TidarError(f"draft length must be at least 1, not {k}")
+    if chosen and not 1 <= chosen[0] <= chosen[-1] <= k:
+        raise TidarError(f"proposals must lie between 1 and the draft length {k}, not {list(proposals)}")
+    return chosen
+
+
+def step(
+    lengths: Sequence[int], k: int, proposals: Sequence[int] | None = None, *, device: torch.device | str = "cpu"
+) -> Layout:
+    """``[d_1 … d_k | k masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3, ``k(k+1)`` queries).
+
+    Proposal j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+k-1, see the prefix
+    and d_1 … d_j, and each other. Read are all drafts and, of each proposal, all masks but the first: the token
+    after the last accepted draft is the autoregressive one.
+
+    Args:
+        lengths: committed tokens of each row, P.
+        k: drafts, and masks in a proposal.
+        proposals: which of 1 … k to draft for, ascending; all by default.
+    """
+    chosen = check_proposals(k, all_proposals(k) if proposals is None else proposals)
+    base = torch.tensor(lengths, device=device)[:, None]
+    draft = torch.arange(k, device=device)
+    accepted = torch.tensor(chosen, dtype=torch.long, device=device).repeat_interleave(k)
+    place = draft.repeat(len(chosen))
+    queries = k + len(accepted)
+    slots = base + torch.arange(queries, device=device)
+    block_first = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place], 1)
+    block_end = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place + k], 1)
+    read_masks = k + torch.arange(len(accepted), device=device).view(-1, k)[:, 1:].reshape(-1)
+    return Layout(
+        positions=base + torch.cat([draft, accepted + place]),
+        slots=slots,
+        causal=_run(0, base + torch.cat([draft + 1, accepted]), slots.shape),
+        block=torch.stack([block_first, block_end], -1),
+        clean=k,
+        rows=torch.cat([draft, read_masks]),
+        kv_len=max(lengths) + queries,
+    )
+
+
+def packed(starts: Tensor) -> Layout:
+    """The clean half of `training` alone: autoregressive training on packed documents.
+
+    Args:
+        starts: (B, S) int64, slot of the first token of each token's document.
+    """
+    rows, size = starts.shape
+    slots = torch.arange(size, device=starts.device).expand(rows, size)
+    return Layout(
+        positions=slots - starts,
+        slots=slots,
+        causal=torch.stack([starts, slots + 1], -1),
+        block=torch.zeros(rows, size, 2, dtype=torch.long, device=starts.device),
+        clean=size,
+        rows=torch.arange(size, device=starts.device),
+        kv_len=size,
+    )
+
+
+def training(starts: Tensor, ends: Tensor, k: Tensor | int, phase: Tensor | int = 0) -> Layout:
+    """``[x_1 … x_S | mask × S]`` for packed documents (paper, section 3.1 and Figure 2).
+
+    Mask i predicts token i. It sees the clean tokens of its document's *earlier blocks* and its own block of masks,
+    never another mask block, never a clean token of its own block, never another document.
+
+    Args:
+        starts: (B, S) int64, slot of the first token of each token's document.
+        ends: (B, S) int64, one past the slot of its last token.
+        k: block length; a tensor keeps compiled code independent of it.
+        phase: tokens by which a document's first block is short: decoding starts blocks anywhere, so training should.
+    """
+    rows, size = starts.shape
+    slots = torch.arange(size, device=starts.device).expand(rows, size)
+    position = slots - starts
+    block_first = torch.maximum(starts, starts + torch.div(position + phase, k, rounding_mode="floor") * k - phase)
+    block_end = torch.minimum(ends, starts + (torch.div(position + phase, k, rounding_mode="floor") + 1) * k - phase)
+    nothing = torch.zeros_like(slots)
+    return Layout(
+        positions=torch.cat([position, position], 1),
+        slots=torch.cat([slots, slots + size], 1),
+        causal=torch.stack([torch.cat([starts, starts], 1), torch.cat([slots + 1, block_first], 1)], -1),
+        block=torch.stack(
+            [torch.cat([nothing, block_first + size], 1), torch.cat([nothing, block_end + size], 1)], -1
+        ),
+        clean=size,
+        rows=torch.arange(2 * size, device=starts.device),
+        kv_len=2 * size,
+    )

@@ -1,0 +1,171 @@
+"""A Hugging Face causal language model that a layout can be given to.
+
+`CausalLM` has two parts that everything else is built from: `hidden` (tokens and a layout to hidden states) and `head`
+(hidden states to fp32 logits). Training, decoding and the probe all go through them; modelling code is untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tidar import layout, mask
+from tidar.cache import SlotCache
+from tidar.errors import TidarError
+from tidar.families import logits_transform, position_limit
+from tidar.layout import Layout
+
+__all__ = ["KEY", "CausalLM", "Spec"]
+
+KEY = "tidar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The ``tidar`` key of a converted checkpoint's config.json."""
+
+    mask_token_id: int
+    """Embedding row of the mask token."""
+    block_sizes: tuple[int, ...] = ()
+    """Draft lengths the model was trained for; empty when converted only."""
+
+
+class CausalLM:
+    """A model, its tokenizer and what decoding must know of them.
+
+    Attributes:
+        hf: the Hugging Face model, its attention replaced.
+        tokenizer: its tokenizer.
+        spec: what conversion recorded; None for a plain checkpoint, which decodes autoregressively only.
+        path: where it came from.
+        vocab_size: width of the logits.
+        eos_ids: tokens that end a text.
+        suppressed: token ids that are never produced: the mask, rows beyond the tokenizer's vocabulary, and those
+            of generation_config. Nothing else of generation_config is applied.
+        max_positions: longest text in tokens.
+        hard_limit: masks, too, must stay within ``max_positions``.
+        windows: the sliding windows of its layers (None: full attention).
+    """
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.path = path
+        kept = getattr(hf.config, KEY, None)
+        self.spec = None if kept is None else Spec(**{**kept, "block_sizes": tuple(kept.get("block_sizes", ()))})
+        self.vocab_size = int(hf.get_output_embeddings().weight.shape[0])
+        self.max_positions, self.hard_limit = position_limit(hf.config)
+        generation = hf.generation_config
+        eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        spare = set(range(len(tokenizer), self.vocab_size)) | set(generation.suppress_tokens or ())
+        if self.spec is not None:
+            spare.add(self.spec.mask_token_id)
+        self.suppressed = tuple(sorted(spare))
+        self.windows: tuple[int | None, ...] = (None,)
+        self._transform = logits_transform(hf.config)
+        self._backbone: Callable[..., Any] = hf.base_model
+        self._unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token's id; `TidarError` when the checkpoint has none."""
+        if self.spec is None:
+            raise TidarError(
+                f"{self.path} has no mask token: run `tidar convert {self.path} OUT` and train it, or use --method ar"
+            )
+        return self.spec.mask_token_id
+
+    def hidden(
+        self, tokens: Tensor, layout: Layout, *, cache: SlotCache | None = None, kind: mask.Kind = "dense"
+    ) -> Tensor:
+        """Last hidden states (B, L, D) of ``tokens`` (B, L), each seeing what ``layout`` shows it.
+
+        Args:
+            tokens: ids of the layout's queries.
+            layout: on the model's device.
+            cache: keys and values of the prefix; the new ones are written to the layout's slots, uncommitted.
+            kind: dense masks (any device) or FlexAttention block masks.
+        """
+        if cache is not None:
+            cache.place(layout)
+        return self.backbone(tokens, layout.positions, mask.render(layout, self.windows, kind), cache)
+
+    def backbone(self, tokens: Tensor, positions: Tensor, masks: mask.Masks, cache: SlotCache | None = None) -> Tensor:
+        out = self._backbone(
+            input_ids=tokens,
+            position_ids=positions,
+            # Any 4-D mask keeps transformers from making one of its own, or from guessing packed documents.
+            attention_mask=self._unmasked.to(tokens.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            tidar=masks,
+        )
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of hidden states (…, D), accumulated and returned in fp32 (fp64 for an fp64 model).
+
+        A bf16 output would round different logits to ties.
+        """
+        projection = self.hf.get_output_embeddings()
+        weight, bias = projection.weight, projection.bias
+        wide = torch.promote_types(torch.float32, weight.dtype)
+        if weight.dtype == wide:
+            logits = torch.nn.functional.linear(hidden, weight, bias).to(wide)
+        elif hidden.is_cuda and not torch.is_grad_enabled():
+            flat = torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=wide)
+            logits = flat.view(*hidden.shape[:-1], -1) if bias is None else flat.view(*hidden.shape[:-1], -1) + bias
+        else:
+            logits = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        return self._transform(logits)
+
+    def compile(self) -> None:
+        """Compile the backbone; for training on a GPU, where one shape comes again and again."""
+        # Past its recompile limit Dynamo would run unfused, many times slower, without a word.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        self._backbone = torch.compile(self.hf.base_model)
+
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Prove on a few tokens that this model obeys a layout; note the windows its layers have.
+
+        Raises:
+            TidarError: a layer ignored the layout, or the head differs from the model's own.
+        """
+        seen: list[int | None] = []
+
+        class Recorder(dict[int | None, Any]):
+            def __missing__(self, window: int | None) -> Tensor:
+                return mask.dense(plan.windowed(window))
+
+            def __getitem__(self, window: int | None) -> Any:
+                seen.append(window)
+                return super().__getitem__(window)
+
+        kind = self.hf.config.model_type
+        count, masks = 5, 3
+        text = torch.arange(1, count + 1, device=self.device)[None] % self.vocab_size
+        plan = layout.prefill([count], masks, device=self.device)
+        ours = self.backbone(plan.tokens(text, 0), plan.positions, Recorder())
+        layers = self.hf.config.num_hidden_layers
+        if len(seen) != layers:
+            raise TidarError(f"model family '{kind}' is not supported: {len(seen)} of {layers} layers read the layout")
+        self.windows = tuple(dict.fromkeys(seen))
+        theirs = self.hf(input_ids=text, use_cache=False).logits[0].float()
+        clean = self.head(ours[0, :count]).float()
+        if bool(theirs.isfinite().all()) and not torch.allclose(clean, theirs, rtol=0.05, atol=0.05 * float(theirs.std())):
+            raise TidarError(f"model family '{kind}' is not supported: its logits change under the layout")

@@ -1,0 +1,124 @@
+"""Named training runs, and runs described by a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tidar.errors import TidarError
+from tidar.train.config import TrainConfig
+
+__all__ = ["RECIPES", "load_recipe"]
+
+_PYTHON: dict[str, Any] = {
+    # Folders that runs/corpus.py writes.
+    "data": "corpus/train",
+    "valid": "corpus/holdout",
+    "device": "cuda",
+    "dtype": "bf16",
+    "seq_len": 1024,
+    "micro_batch": 64,
+    "batch_tokens": 131_072,
+    "eval_every": 500,
+    "eval_tokens": 1_048_576,
+    "save_every": 1000,
+}
+_FROM_BASE: dict[str, Any] = {
+    **_PYTHON,
+    "model": "run/python-17m-ar/model",
+    "tokens": 800_000_000,
+    "lr": 1.5e-3,
+    "min_lr": 1e-5,
+}
+
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # The reference checkpoint: an AR base, TiDAR from it, and the control that goes on as AR.
+        "python-17m-ar": {
+            **_PYTHON,
+            "out": "run/python-17m-ar",
+            "tokenizer": "corpus/tokenizer",
+            "objective": "ar",
+            "tokens": 600_000_000,
+            "lr": 3e-3,
+            "min_lr": 3e-4,
+        },
+        "python-17m": {
+            **_FROM_BASE,
+            "out": "run/python-17m",
+            "block_sizes": (4, 8, 16, 16),
+            "kl_weight": 0.5,
+        },
+        "python-17m-control": {**_FROM_BASE, "out": "run/python-17m-control", "objective": "ar"},
+    }
+)
+
+
+def load_recipe(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
+    """A named recipe, or a TOML file with `TrainConfig`'s fields.
+
+    In a file, ``base = "python-17m"`` starts from a named recipe, and ``[arch]`` is a table of `Architecture`'s.
+
+    Args:
+        name: a key of `RECIPES`, or a path that ends in ``.toml``.
+        changes: fields that replace the recipe's.
+
+    Raises:
+        TidarError: unknown recipe, unknown field, or a value of the wrong type.
+    """
+    if name.endswith(".toml"):
+        values = _read(Path(name))
+        base = values.pop("base", None)
+        if base is not None:
+            values = {**_named(base), **values}
+    else:
+        values = dict(_named(name))
+    return _build(TrainConfig, {**values, **changes}, name)  # type: ignore[no-any-return]
+
+
+def _named(name: str) -> Mapping[str, Any]:
+    if name not in RECIPES:
+        raise TidarError(f"unknown recipe '{name}': use one of {', '.join(RECIPES)}, or a .toml file")
+    return RECIPES[name]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TidarError(f"cannot read {path} ({error.strerror}): name a recipe or a TOML file that exists") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TidarError(f"{path} is not valid TOML: {error}") from error
+
+
+def _build(kind: Any, values: Mapping[str, Any], source: str) -> Any:
+    known = [field.name for field in fields(kind)]
+    types = get_type_hints(kind)
+    for name in values:
+        if name not in known:
+            raise TidarError(f"{source}: unknown field '{name}'; {kind.__name__} has {', '.join(known)}")
+    return kind(**{name: _value(name, types[name], value, source) for name, value in values.items()})
+
+
+def _value(name: str, wanted: Any, value: Any, source: str) -> Any:
+    """``value`` as a field of type ``wanted``: an int passes for a float, a list for a tuple, a table for a dataclass."""
+    origin = get_origin(wanted)
+    if is_dataclass(wanted):
+        if isinstance(value, Mapping):
+            return _build(wanted, value, f"{source}: {name}")
+        fits = isinstance(value, wanted)  # type: ignore[arg-type]
+    elif origin is Literal:
+        fits = value in get_args(wanted)
+    elif origin is tuple:
+        fits = isinstance(value, (list, tuple)) and all(type(v) is get_args(wanted)[0] for v in value)
+        value = tuple(value) if fits else value
+    else:
+        fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits:
+        shown = " | ".join(map(str, get_args(wanted))) if origin is Literal else getattr(wanted, "__name__", wanted)
+        raise TidarError(f"{source}: {name} must be {shown}, not {value!r}")
+    return value

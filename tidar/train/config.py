@@ -1,0 +1,122 @@
+"""What a training run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tidar.config import Architecture
+from tidar.errors import TidarError
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; a recipe (`tidar.recipes`) is a named one."""
+
+    out: str = "run"
+    """Folder for checkpoints, metrics and the final model."""
+
+    model: str = ""
+    """Converted checkpoint to start from; empty: fresh weights of `arch` for `tokenizer`."""
+    arch: Architecture = field(default_factory=Architecture)
+    """Shape of a fresh model."""
+    tokenizer: str = ""
+    """Folder of the tokenizer of a fresh model."""
+
+    data: str = ""
+    """Folder of prepared training data."""
+    valid: str = ""
+    """Folder of prepared held-out data; empty: no validation."""
+    seq_len: int = 1024
+    """Clean tokens of a row; the forward holds twice as many."""
+    batch_tokens: int = 131_072
+    """Clean tokens of an optimizer step; a multiple of `micro_batch` rows."""
+    micro_batch: int = 64
+    """Rows of one forward; fewer need less memory and change nothing else."""
+    tokens: int = 100_000_000
+    """Clean tokens of the whole run."""
+
+    objective: Literal["tidar", "ar"] = "tidar"
+    """`tidar`: both losses of the paper. `ar`: next-token prediction alone (the base, and the control)."""
+    block_sizes: tuple[int, ...] = (16,)
+    """Draft lengths k; one is drawn for every step."""
+    random_phase: bool = True
+    """Let each step's first blocks be short by a drawn number of tokens, since decoding starts blocks anywhere."""
+    alpha: float = 1.0
+    """Weight of the AR loss: L = [alpha * L_AR + L_draft] / (1 + alpha)."""
+    kl_weight: float = 0.0
+    """What the draft learns: 0 the text (cross-entropy), 1 the AR distribution of the same forward (KL), else a mix."""
+    masking: Literal["full", "random"] = "full"
+    """`full`: every draft position is a mask. `random`: the usual diffusion noise, for the paper's ablation."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup: float = 0.01
+    """Share of `tokens` over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices; embeddings, norms and biases have none."""
+    beta1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.95
+    """Adam's decay of the mean squared gradient."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    seed: int = 0
+    """Key of the initial weights, the data order and the blocks drawn."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: products in bf16, weights and optimizer in fp32."""
+    compile: bool = True
+    """Compile the model on a GPU."""
+
+    log_every: int = 10
+    """Steps between two lines of metrics; a NaN is noticed then."""
+    eval_every: int = 0
+    """Steps between two validations; 0: at the end only."""
+    eval_tokens: int = 65_536
+    """Held-out tokens of one validation."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0: at the end only."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    max_seconds: float = 0.0
+    """Stop, resumably, after this wall-clock time; 0: never."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of an optimizer step."""
+        return self.batch_tokens // (self.micro_batch * self.seq_len)
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "micro_batch", "tokens", "log_every", "keep_last", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise TidarError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_tokens < 1 or self.batch_tokens % (self.micro_batch * self.seq_len):
+            raise TidarError(
+                f"batch_tokens {self.batch_tokens} must be a multiple of micro_batch x seq_len = "
+                f"{self.micro_batch * self.seq_len}"
+            )
+        if not self.block_sizes or min(self.block_sizes) < 1:
+            raise TidarError(f"block_sizes must be draft lengths of at least 1, not {list(self.block_sizes)}")
+        if self.alpha < 0:
+            raise TidarError(f"alpha must be at least 0, not {self.alpha}")
+        if not 0 <= self.kl_weight <= 1:
+            raise TidarError(f"kl_weight must lie in [0, 1], not {self.kl_weight}")
+        if not 0 <= self.min_lr <= self.lr or self.lr == 0:
+            raise TidarError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}, which must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise TidarError(f"warmup must lie in [0, 1), not {self.warmup}")
+        if self.clip <= 0:
+            raise TidarError(f"clip must be above 0, not {self.clip}")
+        if not self.model and not self.tokenizer:
+            raise TidarError("a fresh model needs a tokenizer: set `tokenizer` to its folder, or `model` to start from")
+        if not self.data:
+            raise TidarError("no training data: set `data` to a folder that `tidar.data.prepare` wrote")

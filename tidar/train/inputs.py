@@ -1,0 +1,80 @@
+"""From packed documents to what one forward needs: input ids, layout, and what each row is to predict."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidar import layout
+from tidar.data.packing import PackedBatch
+from tidar.layout import Layout
+from tidar.train.config import TrainConfig
+from tidar.train.loss import Targets
+
+__all__ = ["Blocks", "Inputs", "draw_blocks", "make_inputs"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a batch is cut: block length k, and by how many tokens a document's first block is short."""
+
+    k: int
+    phase: int
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """One micro-batch on the device: ids (B, L), their layout, and the labels of its rows."""
+
+    tokens: Tensor
+    layout: Layout
+    targets: Targets
+
+
+def draw_blocks(config: TrainConfig, step: int) -> Blocks:
+    """Block length and phase of an optimizer step; seed and step alone decide, so a resumed run draws the same."""
+    draw = random.Random(f"{config.seed} blocks {step}")
+    k = draw.choice(config.block_sizes)
+    return Blocks(k, draw.randrange(k) if config.random_phase else 0)
+
+
+def make_inputs(
+    batch: PackedBatch, blocks: Blocks | None, *, mask_id: int, device: torch.device, noise: int | None = None
+) -> Inputs:
+    """Lay out one micro-batch.
+
+    Args:
+        batch: rows of packed documents, on the CPU.
+        blocks: the draft's blocks; None lays out the clean half alone (AR training).
+        mask_id: id of the mask token.
+        device: where to.
+        noise: seed of random masking (the paper's ablation): each block has its own t ~ U(0, 1], each of its
+            positions is a mask with probability t and counts 1/t, the others hold their clean token and count 0.
+            None masks everything (the paper's method).
+    """
+    tokens, starts, ends = (_moved(part, device) for part in batch)
+    rows, size = tokens.shape
+    has_ar = (torch.arange(size, device=device) > starts).float()
+    if blocks is None:
+        return Inputs(tokens, layout.packed(starts), Targets(labels=tokens, has_ar=has_ar, draft=None))
+    # Filled on the device: a copied scalar would make the host wait, a Python int would recompile the attention.
+    k, phase = (torch.full((), n, dtype=torch.int64, device=device) for n in (blocks.k, blocks.phase))
+    plan = layout.training(starts, ends, k, phase)
+    ids, weight = plan.tokens(tokens, mask_id), torch.ones_like(has_ar)
+    if noise is not None:
+        generator = torch.Generator(device).manual_seed(noise)
+        share = 1 - torch.rand(rows, size, device=device, generator=generator)
+        share = share.gather(1, plan.block[:, size:, 0] - size)  # one t a block: that of its first slot
+        masked = torch.rand(rows, size, device=device, generator=generator) < share
+        ids = torch.cat([tokens, torch.where(masked, mask_id, tokens)], 1)
+        weight = masked / share
+    return Inputs(ids, plan, Targets(labels=tokens, has_ar=has_ar, draft=weight))
+
+
+def _moved(part: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return part.to(device)
+    return part.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,151 @@
+"""The paper's loss (section 3.1), without ever holding the logits of a whole batch.
+
+``L = [α · mean CE(AR row i-1, x_i) + mean D(mask row i)] / (1 + α)``, where D is the cross-entropy with x_i, the
+divergence KL(p || q) from the AR distribution p of the same forward (detached: the draft learns, the teacher does
+not), or a mixture. Both halves predict the same token i, so they are handled as a pair: a chunk of tokens at a time,
+each chunk's logits made, used forward *and backward*, and dropped. What remains is the gradient of the hidden states,
+with which the backbone's backward starts once.
+
+Legend: B rows, S clean tokens a row, N = B·S, n tokens of a chunk, P halves (1: AR only, 2: AR and draft), D width of
+the hidden state, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+__all__ = ["Counts", "Targets", "count", "pairs", "train_loss"]
+
+CHUNK_ELEMENTS = 2**28  # logits of one chunk: 1 GiB in fp32
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """What the rows of one micro-batch are to predict.
+
+    Attributes:
+        labels: (B, S) int64, the clean tokens.
+        has_ar: (B, S) float, 1 where the token before belongs to the same document, so that an AR row predicts it.
+        draft: (B, S) float, weight of the mask row's loss, or None for AR training.
+    """
+
+    labels: Tensor
+    has_ar: Tensor
+    draft: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Counts:
+    """Labels of each half over a whole optimizer step, 0-dimensional tensors: the means' denominators."""
+
+    ar: Tensor
+    draft: Tensor
+
+
+def count(micro_batches: list[Targets]) -> Counts:
+    """Labels of both halves over all micro-batches of a step. Under random masking the 1/t weights make every token
+    count once in expectation, so the draft's denominator is the number of tokens in either case."""
+    tokens = sum(t.labels.numel() for t in micro_batches)
+    ar = torch.stack([t.has_ar.sum() for t in micro_batches]).sum()
+    return Counts(ar=ar.clamp(min=1), draft=torch.full_like(ar, tokens))
+
+
+def pairs(hidden: Tensor, halves: int) -> Tensor:
+    """(P, N, D): for token i its AR row i-1 and its mask row i. A row's first token has no AR row; what stands there
+    has weight 0."""
+    size = hidden.shape[1] // halves
+    before = torch.nn.functional.pad(hidden[:, : size - 1], (0, 0, 1, 0))
+    both = [before] if halves == 1 else [before, hidden[:, size:]]
+    return torch.stack([half.reshape(-1, hidden.shape[-1]) for half in both])
+
+
+def chunk_loss(
+    head: Head,
+    pair_PnD: Tensor,
+    labels_n: Tensor,
+    has_ar_n: Tensor,
+    draft_n: Tensor | None,
+    ar_scale: Tensor,
+    draft_scale: Tensor,
+    kl_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL."""
+    # nll_loss, not gather: compiled, its backward is fused with the softmax's.
+    logp = [logits.log_softmax(-1) for logits in head(pair_PnD).unbind()]
+    nll = [nll_loss(half, labels_n, reduction="none") for half in logp]
+    ar = (nll[0] * has_ar_n).sum()
+    nothing = torch.zeros_like(ar)
+    if draft_n is None:
+        return ar * ar_scale, torch.stack([ar, nothing, nothing]).detach()
+    draft = (nll[1] * draft_n).sum()
+    if not kl_weight:
+        return ar * ar_scale + draft * draft_scale, torch.stack([ar, draft, nothing]).detach()
+    teacher, taught = logp[0].detach(), draft_n * has_ar_n
+    kl = ((teacher.exp() * (teacher - logp[1])).sum(-1) * taught).sum()
+    labelled = (nll[1] * (draft_n - kl_weight * taught)).sum()
+    loss = ar * ar_scale + (labelled + kl_weight * kl) * draft_scale
+    return loss, torch.stack([ar, draft, kl]).detach()
+
+
+def train_loss(
+    head: Head,
+    hidden: Tensor,
+    targets: Targets,
+    counts: Counts,
+    *,
+    alpha: float = 1.0,
+    kl_weight: float = 0.0,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    vocab: int,
+) -> Tensor:
+    """Backpropagate one micro-batch's share of the loss into the model.
+
+    Args:
+        head: hidden states (…, D) to logits (…, V), at least fp32.
+        hidden: (B, S, D) of an AR layout or (B, 2S, D) of a training layout, attached to the model's graph.
+        targets: labels and weights; without ``draft`` the loss is the AR half alone.
+        counts: labels of the whole optimizer step (all micro-batches, all ranks).
+        alpha: weight of the AR half.
+        kl_weight: share of KL in the draft's loss; a document's first token has no teacher and stays cross-entropy.
+        autocast: makes the context in which the head runs; none by default.
+        chunk: `chunk_loss`, or its compiled form.
+        chunk_elements: logits held at once.
+        vocab: V.
+
+    Returns:
+        (4,) detached: this micro-batch's share of the loss, of the mean AR cross-entropy, of the mean draft
+        cross-entropy and of the mean KL, in nats. Shares of micro-batches add up to the step's values.
+    """
+    halves = 1 if targets.draft is None else 2
+    pair = pairs(hidden, halves)
+    ar_scale = (1.0 if halves == 1 else alpha / (1 + alpha)) / counts.ar
+    draft_scale = 1 / (1 + alpha) / counts.draft
+    labels, has_ar = targets.labels.reshape(-1), targets.has_ar.reshape(-1)
+    draft = None if targets.draft is None else targets.draft.reshape(-1)
+    tokens = labels.shape[0]
+    pieces = max(1, -(-tokens * halves * vocab // chunk_elements))
+    size = -(-tokens // pieces)
+    leaf, grad = pair.detach(), torch.empty_like(pair)
+    total, sums = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(3, dtype=torch.float32)
+    for first in range(0, tokens, size):
+        part = slice(first, first + size)
+        piece = leaf[:, part].requires_grad_()
+        weights = None if draft is None else draft[part]
+        with autocast():
+            loss, sum_part = chunk(head, piece, labels[part], has_ar[part], weights, ar_scale, draft_scale, kl_weight)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert piece.grad is not None
+        grad[:, part] = piece.grad
+        total, sums = total + loss.detach(), sums + sum_part
+    pair.backward(grad)  # type: ignore[no-untyped-call]
+    return torch.stack([total, sums[0] / counts.ar, sums[1] / counts.draft, sums[2] / counts.draft])

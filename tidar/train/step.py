@@ -1,0 +1,91 @@
+"""One optimizer step: micro-batches in, new weights out, and never a wait for the GPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tidar.data.packing import PackedBatch
+from tidar.mask import Kind
+from tidar.model import CausalLM
+from tidar.train.config import TrainConfig
+from tidar.train.inputs import draw_blocks, make_inputs
+from tidar.train.loss import chunk_loss, count, train_loss
+from tidar.train.optimizer import make_optimizer
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """The model, its optimizer and how the configuration says to step them.
+
+    Args:
+        model: weights in fp32, on the device; trained in place.
+        config: the run.
+    """
+
+    def __init__(self, model: CausalLM, config: TrainConfig) -> None:
+        self.model = model
+        self.config = config
+        self.mask_id = model.mask_id if config.objective == "tidar" else 0
+        # FlexAttention has no backward on a CPU, which gets dense masks.
+        self.masks: Kind = "block" if model.device.type == "cuda" else "dense"
+        self.optimizer = make_optimizer(config, model.hf)
+        self.parameters = list(model.hf.parameters())
+        self._chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
+        model.hf.train()
+        if model.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            if config.compile:
+                model.compile()
+                self._chunk = torch.compile(chunk_loss)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward: bf16 products over fp32 weights, or nothing."""
+        # No cache of cast weights: the head runs, forward and backward, once a chunk.
+        on = self.config.dtype == "bf16"
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+    def __call__(self, batches: Sequence[PackedBatch], step: int, lr: float) -> Tensor:
+        """Step ``step`` (counted from 0) on the micro-batches in ``batches``.
+
+        Returns:
+            (5,) fp32 on the device: loss, mean AR cross-entropy, mean draft cross-entropy, mean KL (nats), and the
+            gradient's norm before clipping.
+        """
+        config, model = self.config, self.model
+        blocks = draw_blocks(config, step) if config.objective == "tidar" else None
+        inputs = []
+        for index, batch in enumerate(batches):
+            noise = _noise(config.seed, step, index) if config.masking == "random" else None
+            inputs.append(make_inputs(batch, blocks, mask_id=self.mask_id, device=model.device, noise=noise))
+        counts = count([micro.targets for micro in inputs])
+        losses = torch.zeros(4, device=model.device)
+        for micro in inputs:
+            with self.autocast():
+                hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
+            losses += train_loss(
+                model.head,
+                hidden,
+                micro.targets,
+                counts,
+                vocab=model.vocab_size,
+                alpha=config.alpha,
+                kl_weight=config.kl_weight,
+                autocast=self.autocast,
+                chunk=self._chunk,
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.cat([losses, norm.float()[None]])
+
+
+def _noise(seed: int, step: int, index: int) -> int:
+    """The seed of one micro-batch's random masking."""
+    return int.from_bytes(hashlib.sha256(f"{seed} noise {step} {index}".encode()).digest()[:7], "little")

@@ -1,0 +1,149 @@
+"""Held-out numbers while training: bits per byte of the AR half, and how often drafts are what AR would say.
+
+Drafts are judged on the held-out text itself, not on generated text: cheap, and good enough to watch a run. Exact
+tokens per forward come from decoding, which whoever starts the run may hang in (`train`'s ``on_valid``).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tidar.data.packing import PackedBatch, PackedData
+from tidar.model import CausalLM
+from tidar.train.config import TrainConfig
+from tidar.train.inputs import Blocks, Inputs, make_inputs
+from tidar.train.loss import CHUNK_ELEMENTS, pairs
+
+if TYPE_CHECKING:
+    from tidar.train.step import Stepper
+
+__all__ = ["Validation", "leading_matches"]
+
+
+class Validation:
+    """A fixed sample of the held-out data, the same at every call.
+
+    Args:
+        config: ``valid``, ``eval_tokens``, ``seq_len``, ``micro_batch`` and ``block_sizes`` count.
+        model: its tokenizer says how many bytes the sample has.
+    """
+
+    def __init__(self, config: TrainConfig, model: CausalLM) -> None:
+        rows = config.micro_batch  # the training shape: nothing is compiled anew
+        data = PackedData(Path(config.valid), seq_len=config.seq_len, batch_size=rows, seed=0)
+        self.config = config
+        self.batches = [data.next() for _ in range(max(1, config.eval_tokens // (rows * config.seq_len)))]
+        self.bytes = sum(_predicted_bytes(batch, model) for batch in self.batches)
+
+    def run(self, stepper: Stepper) -> dict[str, Any]:
+        """Returns ``bits_per_byte`` (AR) and, for each block size k of a TiDAR run, ``draft_k`` (mean cross-entropy of
+        the masks, nats), ``match_k`` (by offset in the block, how often the draft's first choice is AR's) and
+        ``tokens_per_forward_k`` (estimated from these)."""
+        sizes: tuple[int | None, ...] = self.config.block_sizes if self.config.objective == "tidar" else (None,)
+        record: dict[str, Any] = {}
+        for k in sizes:
+            blocks = None if k is None else Blocks(k, 0)
+            sums = _Sums(k or 1)
+            for batch in self.batches:
+                inputs = make_inputs(batch, blocks, mask_id=stepper.mask_id, device=stepper.model.device)
+                sums.add(inputs, *_rows(stepper, inputs))
+            record.setdefault("bits_per_byte", sums.ar / math.log(2) / self.bytes)
+            if k is not None:
+                record |= {f"draft_{k}": sums.draft, f"match_{k}": sums.match, f"tokens_per_forward_{k}": sums.tokens}
+        return record
+
+
+def _rows(stepper: Stepper, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (P, B, S), and whether (B, S) draft and AR row agree on the likeliest token."""
+    model, targets = stepper.model, inputs.targets
+    halves = 1 if targets.draft is None else 2
+    # With gradients on, though none is taken: the compiled forward of training serves again.
+    with stepper.autocast():
+        hidden = model.hidden(inputs.tokens, inputs.layout, kind=stepper.masks)
+    labels = targets.labels.reshape(-1)
+    size = max(1, CHUNK_ELEMENTS // (halves * model.vocab_size))
+    losses, matches = [], []
+    with torch.no_grad(), stepper.autocast():
+        pair = pairs(hidden.detach(), halves)
+        for first in range(0, labels.numel(), size):
+            logits = model.head(pair[:, first : first + size])
+            wanted = labels[first : first + size].expand(halves, -1)[..., None]
+            losses.append(-logits.log_softmax(-1).gather(-1, wanted).squeeze(-1))
+            best = logits.argmax(-1)
+            matches.append(best[0] == best[-1])
+    shape = targets.labels.shape
+    return torch.cat(losses, 1).view(halves, *shape), torch.cat(matches).view(shape)
+
+
+class _Sums:
+    """Totals over the sample for block length k."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.ar = 0.0  # nats over all predicted tokens
+        self._draft = [0.0, 0]
+        self._hits, self._seen = torch.zeros(k), torch.zeros(k)
+        self._steps = [0.0, 0]
+
+    def add(self, inputs: Inputs, losses: Tensor, match: Tensor) -> None:
+        has_ar = inputs.targets.has_ar.bool()
+        self.ar += float(losses[0][has_ar].double().sum())
+        if inputs.targets.draft is None:
+            return
+        size = match.shape[1]
+        self._draft[0] += float(losses[1].double().sum())
+        self._draft[1] += match.numel()
+        block = inputs.layout.block[:, size:]
+        slot = torch.arange(size, device=match.device) + size
+        offset = (slot - block[..., 0])[has_ar]
+        self._hits += torch.bincount(offset[match[has_ar]], minlength=self.k).cpu()
+        self._seen += torch.bincount(offset, minlength=self.k).cpu()
+        begins = (block[..., 0] == slot) & (block[..., 1] - block[..., 0] == self.k)
+        lengths = leading_matches(match, begins, self.k)
+        self._steps[0] += float(lengths.double().sum())
+        self._steps[1] += lengths.numel()
+
+    @property
+    def draft(self) -> float:
+        return self._draft[0] / max(1, self._draft[1])
+
+    @property
+    def match(self) -> list[float]:
+        return [round(x, 4) for x in (self._hits / self._seen.clamp(min=1)).tolist()]
+
+    @property
+    def tokens(self) -> float:
+        return self._steps[0] / max(1, self._steps[1])
+
+
+def leading_matches(match: Tensor, begins: Tensor, k: int) -> Tensor:
+    """Tokens a decoding step would commit for each whole block: 1, the AR token itself, and the drafts behind it up
+    to the first that AR would not have said.
+
+    Args:
+        match: (B, S) bool, draft and AR agree on token i.
+        begins: (B, S) bool, a whole block of k begins at i.
+        k: block length.
+
+    Returns:
+        (blocks,) int64, each in 1 … k.
+    """
+    padded = torch.nn.functional.pad(match, (0, k - 1), value=False)
+    blocks = padded.unfold(1, k, 1)[begins]
+    return 1 + blocks[:, 1:].long().cumprod(-1).sum(-1)
+
+
+def _predicted_bytes(batch: PackedBatch, model: CausalLM) -> int:
+    """UTF-8 bytes of the text that the AR half predicts: all but the first token of each document."""
+    total = 0
+    for tokens, starts in zip(batch.tokens, batch.starts, strict=True):
+        first = starts.unique_consecutive().tolist()
+        for begin, end in zip(first, [*first[1:], len(tokens)], strict=True):
+            text = model.tokenizer.decode(tokens[begin + 1 : end].tolist(), skip_special_tokens=True)
+            total += len(text.encode())  # type: ignore[union-attr]
+    return max(1, total)
