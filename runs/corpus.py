@@ -1,13 +1,13 @@
 """Python source from this machine as training data: the standard library and installed permissive packages.
 
-    python runs/corpus.py --out DIR [--vocab 8192] [--holdout-fraction 0.035] [--workers N] [--extra-root DIR ...]
+    python runs/corpus.py --out DIR [--vocab 4096] [--holdout-fraction 0.035] [--workers N] [--extra-root DIR ...]
 
 DIR receives tokenizer/ (for AutoTokenizer), train/ and holdout/ (for tidar.data.packing.PackedData),
 holdout/files.jsonl (package, path, tokens, text: one line a document, in the cache's order), licences.json and
 stats.json. The same packages give the same bytes.
 
 Held out are whole packages, in the order of a hash of their names. Exact and near duplicates go, whichever package
-they are in; what resembles a held-out file is not trained on.
+they are in; what resembles a held-out file by half is not trained on.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def choose_holdout(sources: Sequence[Source], fraction: float) -> set[str]:
 def drop_near(sources: list[Source], held: set[str], threshold: float, removed: Counter[str]) -> list[Source]:
     """Held-out files first, so that of a pair the one in training goes."""
     ordered = sorted(sources, key=lambda s: (s.package not in held, s.package, s.path))
-    twin = near_duplicates(np.stack([s.signature for s in ordered]), threshold)
+    first = sum(s.package in held for s in ordered)
+    twin = near_duplicates(np.stack([s.signature for s in ordered]), threshold, held=first)
     for source, other in zip(ordered, twin, strict=True):
         if other >= 0:
             leak = ordered[other].package in held and source.package not in held
@@ -126,7 +127,7 @@ def sample(sources: Sequence[Source], size: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vocab", type=int, default=8192, help="token ids in all")
+    parser.add_argument("--vocab", type=int, default=4096, help="token ids in all")
     parser.add_argument("--holdout-fraction", type=float, default=0.035, help="share of the bytes to hold out")
     parser.add_argument("--near", type=float, default=0.7, help="similarity from which files are near duplicates")
     parser.add_argument("--tokenizer-mb", type=int, default=64, help="MB of text the tokenizer is trained on")

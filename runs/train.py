@@ -2,7 +2,8 @@
 
     python runs/train.py RECIPE [--set name=value ...] [--resume] [--continue-from FOLDER]
 
-Same as `tidar train`. A value is TOML: tokens=200_000_000, block_sizes=[4,8,16], out="run/x" (quotes may be left out).
+Same as `tidar train`. A value is TOML: tokens=200_000_000, block_sizes=[4,8,16], data.sources=["corpus"], out=run/x (a
+string needs no quotes).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tidar.errors import TidarError  # noqa: E402
-from tidar.recipes import load_recipe  # noqa: E402
+from tidar.errors import TidarError
+from tidar.recipes import load_recipe
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -17,16 +17,17 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from tidar.checkpoint import create_model  # noqa: E402
-from tidar.config import Architecture  # noqa: E402
-from tidar.data.packing import PackedBatch  # noqa: E402
-from tidar.provenance import record  # noqa: E402
-from tidar.train.config import TrainConfig  # noqa: E402
-from tidar.train.metrics import peak_memory_gib  # noqa: E402
-from tidar.train.step import Stepper  # noqa: E402
+from tidar.checkpoint import create_model
+from tidar.config import Architecture
+from tidar.data.config import DataConfig
+from tidar.data.packing import PackedBatch
+from tidar.provenance import record
+from tidar.train.config import TrainConfig
+from tidar.train.metrics import peak_memory_gib
+from tidar.train.step import Stepper
 
 VOCAB = 8192
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "train_speed.jsonl"
@@ -39,9 +40,10 @@ def tokenizer(folder: Path) -> Path:
 
     core = Tokenizer(models.BPE(vocab={f"token{i}": i for i in range(VOCAB - 2)}, merges=[]))
     core.add_special_tokens(["<eos>", "<mask>"])
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", mask_token="<mask>").save_pretrained(
-        folder
+    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", mask_token="<mask>"
     )
+    made.save_pretrained(folder)
     return folder
 
 
@@ -63,7 +65,7 @@ def measure(
     config = TrainConfig(
         objective=objective,
         tokenizer=str(folder),
-        data="random tokens",
+        data=DataConfig(sources=("random tokens",)),
         device=args.device,
         dtype="bf16",
         seq_len=size,
@@ -74,7 +76,7 @@ def measure(
     )
     torch._dynamo.reset()
     model = create_model(arch, folder, seed=0)
-    model.hf.to(device)
+    model.hf.to(args.device)
     stepper = Stepper(model, config)
     batches = [batch(rows, size, seed) for seed in range(4)]
 

@@ -23,6 +23,7 @@ from transformers import (
 from tidar import sampling
 from tidar.config import SamplingParams
 from tidar.errors import TidarError
+from tidar.noise import RESIDUAL
 from tidar.sampling import RowParams, accept_matching, accept_ratio, draft_ratio, process, sample, seen_after, trust
 
 MIXED = [
@@ -48,7 +49,7 @@ def random_logits(rows: int, vocab: int, *, seed: int = 0, dtype: torch.dtype = 
 def test_process_equals_transformers(dtype: torch.dtype, vocab: int) -> None:
     logits = random_logits(4, vocab, dtype=dtype)
     logits[..., 3] = -torch.inf  # a suppressed token
-    text = cast(torch.LongTensor, torch.randint(vocab, (len(MIXED), 20), generator=torch.Generator().manual_seed(1)))
+    text = torch.randint(vocab, (len(MIXED), 20), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(len(MIXED), 1, vocab, dtype=torch.bool).scatter_(2, text[:, None], True)
     before = logits.clone()
     got = process(logits, RowParams.of(MIXED), seen)
@@ -62,7 +63,7 @@ def test_process_equals_transformers(dtype: torch.dtype, vocab: int) -> None:
                 theirs.append(TopKLogitsWarper(params.top_k))
             theirs.append(TopPLogitsWarper(params.top_p))
         for r in range(4):
-            expected = theirs(text[b : b + 1], logits[b, r : r + 1])[0]
+            expected = theirs(cast(torch.LongTensor, text[b : b + 1]), cast(torch.FloatTensor, logits[b, r : r + 1]))[0]
             assert torch.equal(got[b, r].isinf(), expected.isinf()), (b, r)
             torch.testing.assert_close(got[b, r].softmax(-1), expected.softmax(-1))
 
@@ -100,10 +101,29 @@ def test_process_equals_plain_python_with_ties(
         assert [g > 0 for g in got] == [e > 0 for e in expected]
 
 
+def kept(logits: list[float], params: SamplingParams) -> list[int]:
+    scores = process(torch.tensor([[logits]]), RowParams.of([params]))
+    return scores[0, 0].isfinite().nonzero()[:, 0].tolist()
+
+
+def test_filters_at_their_edges() -> None:
+    equal = [0.0] * 4
+    assert kept(equal, SamplingParams(temperature=1.0, top_p=0.5)) == [0, 1]  # one half is there: no third
+    assert kept(equal, SamplingParams(temperature=1.0, top_p=0.51)) == [0, 1, 2]
+    assert kept(equal, SamplingParams(temperature=1.0, top_p=1e-9)) == [0]
+    assert kept(equal, SamplingParams(temperature=1.0, top_p=1 - 1e-9)) == [0, 1, 2, 3]  # 1 in float32
+    tail = [0.0, -50.0, -60.0, -200.0, -300.0, -400.0]  # masses lost in rounding or underflow count for top-k
+    assert kept(tail, SamplingParams(temperature=1.0, top_k=5)) == [0, 1, 2, 3, 4]
+    long_tie = [float(i % 3 == 0) for i in range(3000)]
+    assert kept(long_tie, SamplingParams(temperature=1.0, top_k=500)) == list(range(0, 1500, 3))
+    assert kept(long_tie, SamplingParams(temperature=0.01, top_p=0.5)) == list(range(0, 1500, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
-    """Bit for bit, on a vocabulary long and flat enough for every rounding to show."""
-    logits = random_logits(5, 6001, dtype=dtype) / 10
+    """Bit for bit, on a vocabulary long and flat enough for every rounding to show, also if threads split one row."""
+    torch.set_num_threads(2)
+    logits = random_logits(5, 40_001, dtype=dtype) / 10
     positions = torch.arange(5).expand(len(MIXED), 5) + 11
     seen = logits > 0.3
     rows = RowParams.of(MIXED)
@@ -111,7 +131,7 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     tokens = sample(together, rows, positions)
     for b in range(len(MIXED)):
         alone = rows.select([b])
-        for part in (slice(0, 5), slice(2, 3)):
+        for part in (slice(0, 5), slice(0, 1), slice(2, 3)):
             scores = process(logits[b : b + 1, part], alone, seen[b : b + 1, part])
             if alone.any_sampling:
                 assert torch.equal(scores[0], together[b, part]), b
@@ -276,7 +296,9 @@ def test_accept_ratio_extremes() -> None:
     p_scores = torch.randn(batch, 4, vocab, generator=torch.Generator().manual_seed(0))
     drafted, q = draft_ratio(p_scores[:, :-1], rows, positions[:, :-1])
     drafts = torch.cat([drafted[:, :1], drafted], 1)
-    assert (accept_ratio(p_scores, q, drafts, rows, positions)[0] == 4).all()  # p = q: all accepted
+    n, following = accept_ratio(p_scores, q, drafts, rows, positions)
+    assert (n == 4).all()  # p = q: all accepted
+    assert torch.equal(following, sample(p_scores[:, 3:], rows, positions[:, 3:], stream=RESIDUAL)[:, 0])
     alone, following = accept_ratio(p_scores[:, :1], q[:, :0], drafts[:, :1], rows, positions[:, :1])
     assert (alone == 1).all()  # one draft: autoregressive sampling
     assert set(following.tolist()) == set(range(vocab))

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
@@ -19,6 +19,8 @@ from tyro.conf import Positional, arg
 
 from tidar.config import SamplingParams
 from tidar.errors import TidarError
+from tidar.recipes import RECIPES, load_recipe
+from tidar.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tidar.api import Model
@@ -98,7 +100,7 @@ class Generate:
     """Prompts, one JSON string a line (- is standard input); prints one JSON answer a line."""
     checkpoint: Flattened[Checkpoint] = Checkpoint()
     decoding: Flattened[Decoding] = Decoding()
-    sampling: Flattened[SamplingParams] = SamplingParams()
+    sampling: Flattened[SamplingParams] = field(default_factory=SamplingParams)
     json: bool = False
     """Print a JSON object with text, token_ids, finish_reason, forwards, tokens_per_forward, prompt_tokens."""
 
@@ -123,7 +125,7 @@ class Chat:
 
     checkpoint: Flattened[Checkpoint] = Checkpoint()
     decoding: Flattened[Decoding] = Decoding()
-    sampling: Flattened[SamplingParams] = SamplingParams()
+    sampling: Flattened[SamplingParams] = field(default_factory=SamplingParams)
 
     def run(self) -> None:
         from tidar import chat
@@ -135,9 +137,9 @@ class Chat:
 class Convert:
     """Give an autoregressive checkpoint a mask token, so that it can be trained."""
 
-    src: Positional[str]
+    src: Annotated[Positional[str], arg(metavar="SRC")]
     """Local folder or hub id."""
-    out: Positional[str]
+    out: Annotated[Positional[str], arg(metavar="OUT")]
     """Folder to write; must not exist or be empty."""
 
     def run(self) -> None:
@@ -145,6 +147,34 @@ class Convert:
 
         convert(self.src, self.out)
         print(f"wrote {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model by a recipe: `tidar train RECIPE --help` shows its settings, each a flag that overrides it."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE", help=f"{', '.join(RECIPES)}, or a .toml file.")]
+
+    def run(self) -> None:
+        TrainRun(config=load_recipe(self.recipe)).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """Train a model. What is not given is as in the recipe."""
+
+    config: Flattened[TrainConfig]
+    resume: bool = False
+    """Go on from the newest whole checkpoint in `out`."""
+    continue_from: Annotated[str, arg(metavar="FOLDER")] = ""
+    """Go on from another run's checkpoint or final model: its weights, and its place in data and schedule."""
+
+    def run(self) -> None:
+        from tidar.train.trainer import train
+
+        result = train(self.config, resume=self.resume, continue_from=self.continue_from)
+        if result.model is not None:
+            print(result.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +200,10 @@ def _as_dict(answer: Completion) -> dict[str, Any]:
 
 def _read_prompts(path: str) -> Iterator[str]:
     try:
-        lines = (sys.stdin.buffer if path == "-" else Path(path).open("rb")).read().splitlines()
+        text = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise TidarError(f"cannot read {path}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             prompt = json.loads(line.decode())
         except ValueError:  # bad UTF-8 and bad JSON alike
@@ -204,16 +234,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> Command:
-    # A union is what tyro makes subcommands of; its type cannot be spelled as `type[T]`.
-    commands: Any = Demo | Generate | Chat | Convert | Info
-    command: Command = tyro.cli(
-        commands,
-        prog="tidar",
-        description="TiDAR language models: think in diffusion, talk in autoregression.",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    return command
+    config = (tyro.conf.FlagCreatePairsOff,)
+    match list(sys.argv[1:] if argv is None else argv):
+        case ["train", recipe, *overrides] if not recipe.startswith("-"):
+            # The recipe decides what the flags' defaults are, so it is read before them.
+            default = TrainRun(config=load_recipe(recipe))
+            return tyro.cli(TrainRun, prog=f"tidar train {recipe}", default=default, args=overrides, config=config)
+        case words:
+            # A union is what tyro makes subcommands of; its type cannot be spelled as `type[T]`.
+            commands: Any = Demo | Generate | Chat | Convert | Train | Info
+            description = "TiDAR language models: think in diffusion, talk in autoregression."
+            command: Command = tyro.cli(commands, prog="tidar", description=description, args=words, config=config)
+            return command
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:

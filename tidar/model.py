@@ -70,7 +70,6 @@ class CausalLM:
         self.windows: tuple[int | None, ...] = (None,)
         self._transform = logits_transform(hf.config)
         self._backbone: Callable[..., Any] = hf.base_model
-        self._unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +108,7 @@ class CausalLM:
             input_ids=tokens,
             position_ids=positions,
             # Any 4-D mask keeps transformers from making one of its own, or from guessing packed documents.
-            attention_mask=self._unmasked.to(tokens.device),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),
             past_key_values=cache,
             use_cache=cache is not None,
             tidar=masks,

@@ -16,7 +16,7 @@ __all__ = ["provenance", "record"]
 
 
 def provenance() -> dict[str, Any]:
-    """Git revision (None outside a repository, ``+changes`` if files differ from it), versions, device, command, date."""
+    """Revision (None outside a git repository, ``+changes`` if files differ), versions, device, command, date."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,14 +15,26 @@ from tidar.train.config import TrainConfig
 
 __all__ = ["RECIPES", "load_recipe"]
 
+_SMOKE_PACKAGES = (
+    "asyncio",
+    "concurrent",
+    "email",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "unittest",
+    "urllib",
+    "xml",
+)
+_STDLIB = Path(sysconfig.get_path("stdlib"))
+
 _PYTHON: dict[str, Any] = {
-    # Folders that runs/corpus.py writes.
-    "data": "corpus/train",
-    "valid": "corpus/holdout",
+    "data": {"sources": ("corpus",)},  # the folder that runs/corpus.py writes
     "device": "cuda",
     "dtype": "bf16",
-    "seq_len": 1024,
-    "micro_batch": 64,
+    "seq_len": 2048,
+    "micro_batch": 32,
     "batch_tokens": 131_072,
     "eval_every": 500,
     "eval_tokens": 1_048_576,
@@ -37,11 +50,28 @@ _FROM_BASE: dict[str, Any] = {
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        # About a minute on two CPU cores: a small model on parts of Python's own library.
+        "smoke": {
+            "out": "run/smoke",
+            "data": {"sources": tuple(str(_STDLIB / name) for name in _SMOKE_PACKAGES), "duplicates": "exact"},
+            "vocab_size": 1024,
+            "arch": {"hidden_size": 128, "layers": 3, "heads": 4, "head_dim": 32, "intermediate_size": 256},
+            "seq_len": 128,
+            "micro_batch": 16,
+            "batch_tokens": 2048,
+            "tokens": 300_000,
+            "block_sizes": (4,),
+            "lr": 5e-3,
+            "min_lr": 5e-4,
+            "warmup": 0.1,
+            "eval_tokens": 8192,
+        },
         # The reference checkpoint: an AR base, TiDAR from it, and the control that goes on as AR.
         "python-17m-ar": {
             **_PYTHON,
             "out": "run/python-17m-ar",
             "tokenizer": "corpus/tokenizer",
+            "arch": {"layers": 10, "max_positions": 2048},
             "objective": "ar",
             "tokens": 600_000_000,
             "lr": 3e-3,
@@ -61,11 +91,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def load_recipe(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
     """A named recipe, or a TOML file with `TrainConfig`'s fields.
 
-    In a file, ``base = "python-17m"`` starts from a named recipe, and ``[arch]`` is a table of `Architecture`'s.
+    In a file, ``base = "python-17m"`` starts from a named recipe; ``[data]`` and ``[arch]`` are tables.
 
     Args:
         name: a key of `RECIPES`, or a path that ends in ``.toml``.
-        changes: fields that replace the recipe's.
+        changes: fields that replace the recipe's; ``arch.layers`` reaches into a table.
 
     Raises:
         TidarError: unknown recipe, unknown field, or a value of the wrong type.
@@ -73,11 +103,23 @@ def load_recipe(name: str, changes: Mapping[str, Any] = MappingProxyType({})) ->
     if name.endswith(".toml"):
         values = _read(Path(name))
         base = values.pop("base", None)
-        if base is not None:
-            values = {**_named(base), **values}
+        values = values if base is None else _merged(_named(base), values)
     else:
         values = dict(_named(name))
-    return _build(TrainConfig, {**values, **changes}, name)  # type: ignore[no-any-return]
+    for path, value in changes.items():
+        first, _, rest = path.partition(".")
+        values = _merged(values, {first: {rest: value} if rest else value})
+    return _build(TrainConfig, values, name)  # type: ignore[no-any-return]
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``; tables are merged, everything else replaced."""
+    merged = dict(base)
+    for name, value in changes.items():
+        below = merged.get(name)
+        tables = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merged(below or {}, value) if tables else value
+    return merged
 
 
 def _named(name: str) -> Mapping[str, Any]:
@@ -101,11 +143,14 @@ def _build(kind: Any, values: Mapping[str, Any], source: str) -> Any:
     for name in values:
         if name not in known:
             raise TidarError(f"{source}: unknown field '{name}'; {kind.__name__} has {', '.join(known)}")
+    for field in fields(kind):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
+            raise TidarError(f"{source}: {field.name} is missing; give it in the recipe")
     return kind(**{name: _value(name, types[name], value, source) for name, value in values.items()})
 
 
 def _value(name: str, wanted: Any, value: Any, source: str) -> Any:
-    """``value`` as a field of type ``wanted``: an int passes for a float, a list for a tuple, a table for a dataclass."""
+    """``value`` as a field of type ``wanted``: an int is a float too, a list a tuple, a table a dataclass."""
     origin = get_origin(wanted)
     if is_dataclass(wanted):
         if isinstance(value, Mapping):
@@ -117,7 +162,8 @@ def _value(name: str, wanted: Any, value: Any, source: str) -> Any:
         fits = isinstance(value, (list, tuple)) and all(type(v) is get_args(wanted)[0] for v in value)
         value = tuple(value) if fits else value
     else:
-        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        kinds = get_args(wanted) or (wanted,)  # of a union, or the type itself
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
     if not fits:
         shown = " | ".join(map(str, get_args(wanted))) if origin is Literal else getattr(wanted, "__name__", wanted)
         raise TidarError(f"{source}: {name} must be {shown}, not {value!r}")

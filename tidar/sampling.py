@@ -142,9 +142,8 @@ def _filter(scores: Tensor, params: RowParams) -> Tensor:
     top_k, top_p = params.top_k[:, None, None], params.top_p.to(scores.dtype)[:, None, None]
     by_count, by_mass = top_k > 0, (params.top_p < 1)[:, None, None]
     filtered = by_count | by_mass
-    mass = scores.exp()
-    total = mass.sum(-1, keepdim=True)
-    floor = torch.where(by_count, 0, 0.5 * (1 - top_p) / vocab * total)  # half: room for rounding
+    mass = scores.softmax(-1)  # not exp and sum: threads may split the sum of a single row
+    floor = torch.where(by_count, 0, 0.5 * (1 - top_p) / vocab)  # half: room for rounding
     candidate = mass >= torch.where(filtered, floor, torch.inf)
     if params.largest_k:
         best = scores.topk(min(params.largest_k, vocab)).values
@@ -162,7 +161,8 @@ def _filter(scores: Tensor, params: RowParams) -> Tensor:
 
     keep = ~by_count | (torch.arange(ranked.shape[-1], device=scores.device) < top_k)
     running = torch.where(keep, ranked.exp(), 0).cumsum(-1)
-    total = torch.where(by_count, running[..., -1:], total)
+    # The best score is 0, so the whole row sums to 1 / its probability.
+    total = torch.where(by_count, running[..., -1:], 1 / mass.amax(-1, keepdim=True))
     # Without top-p all are kept, also where rounding lets the running sum reach the total early.
     keep = keep & (~by_mass | (pad(running[..., :-1], (1, 0)) < top_p * total))
     kept = torch.empty_like(keep).scatter_(-1, order, keep)[beside]

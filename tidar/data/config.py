@@ -32,7 +32,7 @@ class DataConfig:
     similarity: float = 0.7
     """Share of common 5-word runs (Jaccard) from which two documents are near duplicates."""
     holdout: float = 0.02
-    """Share of documents held out for validation; near duplicates of them are not trained on."""
+    """Share of documents held out for validation; what resembles one of them by half is not trained on."""
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -15,11 +15,12 @@ from collections import defaultdict
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["digest", "near_duplicates", "signature"]
+__all__ = ["LEAK", "digest", "near_duplicates", "signature"]
 
 PERMUTATIONS = 128
 ROWS = 4  # minima of a band
 SHINGLE = 5
+LEAK = 0.5  # similarity from which a document is too close to a held-out one
 CHUNK = 2048  # shingles hashed at once: 2 MB of intermediates stay in the cache
 
 _WORD = re.compile(rb"\w+|[^\w\s]")
@@ -52,15 +53,17 @@ def signature(data: bytes) -> NDArray[np.uint32]:
     return (lowest >> np.uint64(32)).astype(np.uint32)
 
 
-def near_duplicates(signatures: NDArray[np.uint32], threshold: float) -> NDArray[np.int64]:
+def near_duplicates(signatures: NDArray[np.uint32], threshold: float, *, held: int = 0) -> NDArray[np.int64]:
     """For each document the earlier one that makes it superfluous, or -1 if it stays.
 
-    Earlier documents win, so whoever must stay (the hold-out) comes first. A document is compared with those that
-    stay only: likeness is not passed on along a chain.
+    Earlier documents win, so the hold-out comes first. A document is compared with those that stay only: likeness is
+    not passed on along a chain.
 
     Args:
         signatures: (N, 128) uint32, of `signature`.
         threshold: similarity from which two documents are near duplicates.
+        held: how many of the first documents are held out. Later ones resemble them from `LEAK` on: of a borrowed
+            file that was worked over, too little is left for a duplicate and too much for an honest test.
 
     Returns:
         (N,) int64.
@@ -73,7 +76,8 @@ def near_duplicates(signatures: NDArray[np.uint32], threshold: float) -> NDArray
         hits = [band[raw[b * width : (b + 1) * width]] for b, band in enumerate(bands)]
         candidates = sorted({j for hit in hits for j in hit})
         if candidates:
-            alike = (signatures[candidates] == row).mean(axis=1) >= threshold
+            limits = [LEAK if j < held <= i else threshold for j in candidates]
+            alike = (signatures[candidates] == row).mean(axis=1) >= np.minimum(limits, threshold)
             if alike.any():
                 twin[i] = candidates[int(alike.argmax())]
                 continue

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tidar.data.cache import FORMAT, CacheWriter, TokenCache, fresh_folder, open_cache
 from tidar.data.config import DataConfig
-from tidar.data.dedup import PERMUTATIONS, digest, near_duplicates, signature
+from tidar.data.dedup import digest, near_duplicates, signature
 from tidar.data.sources import documents, identity
 from tidar.data.tokenizer import encode_documents, end_of_text, plain_encoder, vocabulary_digest
 from tidar.errors import TidarError
@@ -131,10 +131,11 @@ def _parts(reader: _Reader) -> dict[str, NDArray[np.int64]]:
         held[sorted(range(count), key=lambda i: reader.digests[i])[:wanted]] = True
     order = np.argsort(~held, kind="stable")  # held-out documents first: of a pair the one in training goes
     if reader.signatures:
-        twin = near_duplicates(np.array(reader.signatures).reshape(-1, PERMUTATIONS)[order], config.similarity)
+        signatures = np.stack(reader.signatures)[order]
+        twin = near_duplicates(signatures, config.similarity, held=int(held.sum()))
         leaks = (twin >= 0) & held[order[twin]] & ~held[order]
-        reader.removed["near duplicate of the hold-out"] += int(leaks.sum())
-        reader.removed["near duplicate"] += int((twin >= 0).sum() - leaks.sum())
+        reader.removed.update(["near duplicate of the hold-out"] * int(leaks.sum()))
+        reader.removed.update(["near duplicate"] * int((twin >= 0).sum() - leaks.sum()))
         order = order[twin < 0]
     parts = {"train": np.sort(order[~held[order]])}
     if config.holdout:

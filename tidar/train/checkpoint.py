@@ -22,7 +22,15 @@ from tidar.checkpoint import save_model, write_folder
 from tidar.errors import TidarError
 from tidar.model import CausalLM
 
-__all__ = ["Progress", "checkpoints", "load_optimizer", "newest_whole", "read_progress", "save_checkpoint", "save_weights"]
+__all__ = [
+    "Progress",
+    "checkpoints",
+    "load_optimizer",
+    "newest_whole",
+    "read_progress",
+    "save_checkpoint",
+    "save_weights",
+]
 
 OPTIMIZER, PROGRESS, MANIFEST = "optimizer.pt", "progress.json", "manifest.json"
 
@@ -77,7 +85,9 @@ def save_checkpoint(
     except TidarError as error:
         whole = next(iter(checkpoints(out)), None)
         rest = "there is no older one" if whole is None else f"the last whole one is {whole}; continue with --resume"
-        raise TidarError(f"cannot save checkpoint {final.name}: {error.__cause__ or error}; free some space; {rest}") from error
+        raise TidarError(
+            f"cannot save checkpoint {final.name}: {error.__cause__ or error}; free some space; {rest}"
+        ) from error
     _sync(final.parent)
     _link(out / "latest", final)
     for old in checkpoints(out)[keep_last:]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tidar.config import Architecture
+from tidar.data.config import DataConfig
 from tidar.errors import TidarError
 
 __all__ = ["TrainConfig"]
@@ -23,12 +24,12 @@ class TrainConfig:
     arch: Architecture = field(default_factory=Architecture)
     """Shape of a fresh model."""
     tokenizer: str = ""
-    """Folder of the tokenizer of a fresh model."""
+    """Folder of the tokenizer of a fresh model; empty: one of `vocab_size` is trained on the data."""
+    vocab_size: int = 8192
+    """Token ids of a tokenizer trained on the data."""
 
-    data: str = ""
-    """Folder of prepared training data."""
-    valid: str = ""
-    """Folder of prepared held-out data; empty: no validation."""
+    data: DataConfig
+    """What to train on; prepared in `out`/data unless it is one folder of prepared data. Its hold-out validates."""
     seq_len: int = 1024
     """Clean tokens of a row; the forward holds twice as many."""
     batch_tokens: int = 131_072
@@ -96,7 +97,7 @@ class TrainConfig:
         return self.batch_tokens // (self.micro_batch * self.seq_len)
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "micro_batch", "tokens", "log_every", "keep_last", "eval_tokens"):
+        for name in ("vocab_size", "seq_len", "micro_batch", "tokens", "log_every", "keep_last", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise TidarError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.batch_tokens < 1 or self.batch_tokens % (self.micro_batch * self.seq_len):
@@ -116,7 +117,3 @@ class TrainConfig:
             raise TidarError(f"warmup must lie in [0, 1), not {self.warmup}")
         if self.clip <= 0:
             raise TidarError(f"clip must be above 0, not {self.clip}")
-        if not self.model and not self.tokenizer:
-            raise TidarError("a fresh model needs a tokenizer: set `tokenizer` to its folder, or `model` to start from")
-        if not self.data:
-            raise TidarError("no training data: set `data` to a folder that `tidar.data.prepare` wrote")

@@ -58,9 +58,10 @@ class Metrics:
             self._bar[0].update(self._bar[1], completed=record["tokens"], shown=shown, rate=record["tokens_per_second"])
         else:
             left = (self._total - record["tokens"]) / max(1.0, record["tokens_per_second"])
+            speed = f"{record['tokens_per_second'] / 1e3:.1f} k tokens/s · {left:.0f} s left"
             self.say(
                 f"step {record['step']} · {record['tokens'] / 1e6:.2f} M tokens · {shown} · lr {record['lr']:.2e} · "
-                f"norm {record['grad_norm']:.2f} · {record['tokens_per_second'] / 1e3:.1f} k tokens/s · {left:.0f} s left"
+                f"norm {record['grad_norm']:.2f} · {speed}"
             )
 
     def valid(self, record: Mapping[str, Any]) -> None:
@@ -106,7 +107,7 @@ def _events(out: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TidarError("tensorboard is not installed: pip install tensorboard, or leave out --tensorboard") from error
-    return SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(out / "tensorboard"))
 
 
 def _bar(total: int) -> tuple[Any, Any]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tidar.checkpoint import create_model, load_model
 from tidar.data.packing import PackedData
 from tidar.errors import TidarError
 from tidar.model import CausalLM
-from tidar.train import checkpoint
+from tidar.train import checkpoint, start
 from tidar.train.checkpoint import Progress
 from tidar.train.config import TrainConfig
 from tidar.train.inputs import draw_blocks
@@ -27,9 +24,6 @@ from tidar.train.step import Stepper
 from tidar.train.validate import Validation
 
 __all__ = ["Result", "Trainer", "train"]
-
-# What may differ between a run and its continuation: none of it changes a weight.
-FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds", "tensorboard")
 
 Probe = Callable[[CausalLM], dict[str, float]]
 
@@ -59,11 +53,7 @@ def train(
     Raises:
         TidarError: wrong input, a loss that is not finite, or a checkpoint that cannot be written or read.
     """
-    trainer = Trainer(config, resume=resume, continue_from=continue_from, on_valid=on_valid)
-    try:
-        return trainer.run()
-    finally:
-        trainer.metrics.close()
+    return Trainer(config, resume=resume, continue_from=continue_from, on_valid=on_valid).run()
 
 
 class Trainer:
@@ -76,15 +66,12 @@ class Trainer:
         self.out = Path(config.out)
         self.on_valid = on_valid
         notes: list[str] = []
-        source = self._source(resume, continue_from, notes)
+        source = start.place(config, resume, continue_from, notes.append)
         self.progress = Progress(0, 0, 0, {}) if source is None else checkpoint.read_progress(source)
-        self.model = self._load(source)
-        if config.objective == "tidar":
-            self.model.spec = replace(_spec(self.model), block_sizes=tuple(sorted(set(config.block_sizes))))
-        rows = config.micro_batch
-        self.data = PackedData(Path(config.data), seq_len=config.seq_len, batch_size=rows, seed=config.seed)
-        _check_vocabulary(self.data, self.model, config.data)
-        self.validation = Validation(config, self.model) if config.valid else None
+        self.model = start.model(config, source)
+        folder, held_out = start.data(config, self.model)
+        self.data = PackedData(folder, seq_len=config.seq_len, batch_size=config.micro_batch, seed=config.seed)
+        self.validation = None if held_out is None else Validation(config, self.model, held_out)
         self.stepper = Stepper(self.model, config)
         if source is not None:
             self.data.load_state_dict(self.progress.data)
@@ -92,7 +79,7 @@ class Trainer:
                 self.progress.since = self.progress.tokens
                 notes.append(f"{source} has no optimizer state: it starts empty and the learning rate warms up again")
         if source is None or continue_from:
-            _write_config(self.out, config)
+            start.write_config(self.out, config)
         self.metrics = Metrics(
             self.out, total=config.tokens, start_step=self.progress.step, tensorboard=config.tensorboard
         )
@@ -102,30 +89,13 @@ class Trainer:
         self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
         self._saved = self.progress.step if source is not None and not continue_from else -1
 
-    def _source(self, resume: bool, continue_from: str, notes: list[str]) -> Path | None:
-        """The folder to go on from; None starts afresh."""
-        there = checkpoint.checkpoints(self.out)
-        if resume and there:
-            _check_same(self.out, self.config)
-            return checkpoint.newest_whole(self.out, notes.append)
-        if there:
-            raise TidarError(f"{self.out} holds a run already: continue it with --resume, or choose another --out")
-        return Path(continue_from) if continue_from else None
-
-    def _load(self, source: Path | None) -> CausalLM:
-        config = self.config
-        if config.device.startswith("cuda") and not torch.cuda.is_available():
-            raise TidarError(f"device '{config.device}' is not available here: use --device cpu, or see `tidar info`")
-        if source is not None:
-            path = source / "model" if (source / "model").is_dir() else source
-            return load_model(path, device=config.device, dtype="float32")
-        if config.model:
-            return load_model(config.model, device=config.device, dtype="float32")
-        model = create_model(config.arch, config.tokenizer, seed=config.seed)
-        model.hf.to(config.device)
-        return model
-
     def run(self) -> Result:
+        try:
+            return self._run()
+        finally:
+            self.metrics.close()
+
+    def _run(self) -> Result:
         config, progress = self.config, self.progress
         begun = time.monotonic()
         while progress.tokens < config.tokens:
@@ -139,7 +109,9 @@ class Trainer:
                 self._save()
             if not last and config.max_seconds and time.monotonic() - begun > config.max_seconds:
                 self._save()
-                self.metrics.say(f"stopped after {config.max_seconds:.0f} s at step {progress.step}; go on with --resume")
+                self.metrics.say(
+                    f"stopped after {config.max_seconds:.0f} s at step {progress.step}; go on with --resume"
+                )
                 return Result(None, progress.step, progress.tokens)
         return Result(self._export(), progress.step, progress.tokens)
 
@@ -192,7 +164,7 @@ class Trainer:
         kept = {"step": step, "blocks": asdict(draw_blocks(config, step)), "values": row}
         torch.save(kept | {n: torch.cat([getattr(b, n) for b in batches]) for n in ("tokens", "starts", "ends")}, path)
         raise TidarError(
-            f"the loss or its gradient is not finite at step {step}; its batch is in {path}: lower lr, or raise warmup, "
+            f"the loss or its gradient is not finite at step {step}; its batch is in {path}: lower lr or raise warmup, "
             "and go on from the last checkpoint"
         )
 
@@ -225,40 +197,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _spec(model: CausalLM) -> Any:
-    _ = model.mask_id  # says what to do when there is none
-    return model.spec
-
-
-def _check_vocabulary(data: PackedData, model: CausalLM, folder: str) -> None:
-    if data.meta["vocab_size"] > model.vocab_size:
-        raise TidarError(
-            f"the data in {folder} has {data.meta['vocab_size']} token ids, the model {model.vocab_size}: prepare it "
-            "with the model's own tokenizer"
-        )
-
-
-def _write_config(out: Path, config: TrainConfig) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        part = out / ".config.json.part"
-        part.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, out / "config.json")
-    except OSError as error:
-        raise TidarError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
-
-
-def _check_same(out: Path, config: TrainConfig) -> None:
-    try:
-        before = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TidarError(f"cannot read {out / 'config.json'} ({error}): restore it, or start again elsewhere") from error
-    now = json.loads(json.dumps(asdict(config)))
-    for name in now:
-        if name not in FREE and before.get(name) != now[name]:
-            raise TidarError(
-                f"cannot resume: {name} was {before.get(name)} and is now {now[name]}; use the first run's value, or "
-                "another --out"
-            )

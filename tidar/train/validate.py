@@ -29,13 +29,14 @@ class Validation:
     """A fixed sample of the held-out data, the same at every call.
 
     Args:
-        config: ``valid``, ``eval_tokens``, ``seq_len``, ``micro_batch`` and ``block_sizes`` count.
+        config: ``eval_tokens``, ``seq_len``, ``micro_batch`` and ``block_sizes`` count.
         model: its tokenizer says how many bytes the sample has.
+        folder: the prepared hold-out.
     """
 
-    def __init__(self, config: TrainConfig, model: CausalLM) -> None:
+    def __init__(self, config: TrainConfig, model: CausalLM, folder: Path) -> None:
         rows = config.micro_batch  # the training shape: nothing is compiled anew
-        data = PackedData(Path(config.valid), seq_len=config.seq_len, batch_size=rows, seed=0)
+        data = PackedData(folder, seq_len=config.seq_len, batch_size=rows, seed=0)
         self.config = config
         self.batches = [data.next() for _ in range(max(1, config.eval_tokens // (rows * config.seq_len)))]
         self.bytes = sum(_predicted_bytes(batch, model) for batch in self.batches)

@@ -1,0 +1,122 @@
+"""The joint distribution of five tokens, through the real model, cache and decoders, against its enumeration."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from tidar import layout
+from tidar.checkpoint import create_model
+from tidar.config import Architecture, SamplingParams
+from tidar.decode.ar import ArDecoder
+from tidar.decode.base import Decoder
+from tidar.decode.tidar import TidarDecoder
+from tidar.model import CausalLM
+from tidar.sampling import RowParams, process
+
+VOCAB, TOKENS, SAMPLES, ROWS = 4, 5, 120_000, 20_000
+PROMPT = [2, 0]
+ALPHA = 1e-6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    """Four tokens; attention layers as in any Qwen3; flat enough that subtle faults would show."""
+    folder = tmp_path_factory.mktemp("four")
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate("abcd")}, unk_token="a"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", mask_token="<mask>"
+    ).save_pretrained(folder)
+    arch = Architecture(hidden_size=16, layers=2, heads=2, kv_heads=1, head_dim=8, intermediate_size=16)
+    made = create_model(arch, folder, seed=3)
+    with torch.no_grad():
+        for name, parameter in made.hf.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.25, generator=torch.Generator().manual_seed(len(name)))
+    made.suppressed = tuple(range(VOCAB, made.vocab_size))
+    return made
+
+
+@torch.no_grad()
+def enumerate_joint(model: CausalLM, params: SamplingParams) -> torch.Tensor:
+    """(VOCAB ** TOKENS,) probabilities, by plain causal forwards without a cache."""
+    texts = torch.tensor(list(itertools.product(range(VOCAB), repeat=TOKENS)))
+    full = torch.cat([torch.tensor(PROMPT).expand(len(texts), -1), texts], 1)
+    plan = layout.causal([0], full.shape[1])
+    logits = model.head(model.hidden(full, plan))[:, len(PROMPT) - 1 : -1].double()
+    logits[..., VOCAB:] = -torch.inf
+    rows = RowParams.of([params] * len(texts))
+    seen = torch.zeros(len(texts), TOKENS, model.vocab_size, dtype=torch.bool)
+    for step in range(TOKENS):
+        seen[:, step].scatter_(1, full[:, : len(PROMPT) + step], True)
+    probability = process(logits, rows, seen).softmax(-1)
+    return probability.gather(2, texts[..., None])[..., 0].prod(1)
+
+
+def draw(decoder_of: type[ArDecoder] | None, model: CausalLM, params: SamplingParams, **options: object) -> torch.Tensor:
+    """Counts (VOCAB ** TOKENS,) over SAMPLES texts, each with its own seed."""
+    counts = torch.zeros(VOCAB**TOKENS)
+    weight = VOCAB ** torch.arange(TOKENS - 1, -1, -1)
+    for first in range(0, SAMPLES, ROWS):
+        each = [
+            SamplingParams(**{**params.__dict__, "seed": seed}) for seed in range(first, min(first + ROWS, SAMPLES))
+        ]
+        decoder: Decoder = ArDecoder(model) if decoder_of else TidarDecoder(model, **options)  # type: ignore[arg-type]
+        with torch.inference_mode():
+            texts = decoder.prefill([PROMPT] * len(each), each)
+            while min(map(len, texts)) < TOKENS:
+                texts = [old + new for old, new in zip(texts, decoder.step(), strict=True)]
+        codes = torch.tensor([t[:TOKENS] for t in texts]) @ weight
+        counts += torch.bincount(codes, minlength=len(counts))
+    return counts
+
+
+def p_value(counts: torch.Tensor, exact: torch.Tensor) -> float:
+    possible = exact > 0
+    assert not counts[~possible].any(), "a text came that has no probability"
+    expected = exact[possible] * counts.sum()
+    seen = counts[possible].double()
+    rare = expected < 5  # pooled, for the chi-square approximation to hold
+    if rare.any():
+        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+        seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
+
+
+PLAIN = SamplingParams(temperature=0.9)
+ALL = SamplingParams(temperature=1.1, top_k=3, top_p=0.95, repetition_penalty=1.4)
+
+
+def test_the_enumeration_is_what_ar_draws(model: CausalLM) -> None:
+    exact = enumerate_joint(model, ALL)
+    assert float(exact.sum()) == pytest.approx(1)
+    assert float(exact.max()) < 0.2, "too peaked to show a subtle fault"
+    assert p_value(draw(ArDecoder, model, ALL), exact) > ALPHA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("acceptance", ["gumbel", "ratio"])
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("params", [PLAIN, ALL], ids=["plain", "all"])
+def test_joint(model: CausalLM, params: SamplingParams, k: int, acceptance: str) -> None:
+    counts = draw(None, model, params, draft_len=k, acceptance=acceptance)
+    assert p_value(counts, enumerate_joint(model, params)) > ALPHA
+
+
+@pytest.mark.parametrize("proposals", [(3,), (1,)])
+def test_joint_with_pruned_proposals(model: CausalLM, proposals: tuple[int, ...]) -> None:
+    counts = draw(None, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")
+    assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
+
+
+def test_trusting_drafts_shows(model: CausalLM) -> None:
+    """The test can fail: with beta = 0.5 the tokens are not the model's."""
+    counts = draw(None, model, PLAIN, draft_len=2, beta=0.5)
+    assert p_value(counts, enumerate_joint(model, PLAIN)) < ALPHA

@@ -1,0 +1,90 @@
+"""Named runs, TOML files, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tidar.errors import TidarError
+from tidar.recipes import RECIPES, load_recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid(name: str) -> None:
+    assert load_recipe(name).tokens > 0
+
+
+def test_the_control_differs_in_nothing_but_the_objective() -> None:
+    tidar, control = RECIPES["python-17m"], RECIPES["python-17m-control"]
+    differing = {k for k in {*tidar, *control} if tidar.get(k) != control.get(k)}
+    assert differing == {"out", "objective", "block_sizes", "kl_weight"}
+
+
+def test_changes_reach_into_tables() -> None:
+    plan = load_recipe("smoke", {"tokens": 5000, "arch.layers": 7, "lr": 1, "data.max_documents": 3})
+    assert (plan.tokens, plan.arch.layers, plan.lr, plan.data.max_documents) == (5000, 7, 1, 3)
+    assert plan.arch.hidden_size == load_recipe("smoke").arch.hidden_size
+    assert plan.data.sources == load_recipe("smoke").data.sources
+
+
+def test_toml_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'out = "x"\nblock_sizes = [2, 3]\nlr = 1\nmin_lr = 0.5\n[data]\nsources = ["text"]\n[arch]\nlayers = 2\n'
+    )
+    plan = load_recipe(str(path), {"seed": 9})
+    assert (plan.out, plan.block_sizes, plan.lr, plan.arch.layers, plan.seed) == ("x", (2, 3), 1, 2, 9)
+    path.write_text('base = "python-17m"\ntokens = 7\n[data]\nsources = ["elsewhere"]\n')
+    based = load_recipe(str(path))
+    assert (based.tokens, based.kl_weight) == (7, load_recipe("python-17m").kl_weight)
+    assert based.data.sources == ("elsewhere",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate = 1", "unknown field 'lerning_rate'; TrainConfig has .*lr"),
+        ("[arch]\nlayer = 1", "unknown field 'layer'; Architecture has .*layers"),
+        ('lr = "fast"', "lr must be float, not 'fast'"),
+        ("seq_len = 1.5", "seq_len must be int"),
+        ("compile = 1", "compile must be bool"),
+        ("tokens = true", "tokens must be int"),
+        ('objective = "mlm"', "objective must be tidar | ar, not 'mlm'"),
+        ("block_sizes = 4", "block_sizes must be"),
+        ('block_sizes = ["4"]', "block_sizes must be"),
+        ("arch = 3", "arch must be Architecture"),
+        ('base = "nothing"', "unknown recipe 'nothing'"),
+        ("lr = ", "not valid TOML"),
+        ("kl_weight = 2", "kl_weight must lie in"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text if "base" in text or text.startswith("[") else text + '\n[data]\nsources = ["text"]\n')
+    if text.startswith("["):
+        path.write_text('[data]\nsources = ["text"]\n' + text)
+    with pytest.raises(TidarError, match=message) as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("nothing", {}, "use one of smoke, python-17m-ar, python-17m, python-17m-control"),
+        ("missing.toml", {}, "cannot read missing.toml"),
+        ("smoke", {"arch.depth": 3}, "unknown field 'depth'"),
+        ("smoke", {"tokens.x": 3}, "tokens must be int"),
+    ],
+)
+def test_unknown_names_list_what_there_is(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TidarError, match=message):
+        load_recipe(name, changes)
+
+
+def test_data_is_required(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(TidarError, match="data is missing"):
+        load_recipe(str(tmp_path / "empty.toml"))

@@ -1,0 +1,74 @@
+"""A little text, and a run on it that takes a second."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tidar.data.config import DataConfig
+from tidar.data.packing import PackedBatch
+from tidar.train.config import TrainConfig
+
+
+def write_text(folder: Path, *, documents: int = 40) -> Path:
+    """Documents of 1 … 20 words in a random order."""
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    words = ["def ", "return ", "x", " = ", "(y)", ":\n    ", "1"]
+    for number in range(documents):
+        text = "".join(draw.choices(words, k=draw.randint(1, 20)))
+        (folder / f"{number:03d}.txt").write_text(f"{number}{text}")
+    return folder
+
+
+def pack(lengths: list[list[int]], *, seed: int = 0, vocab: int = 256) -> PackedBatch:
+    """Rows of documents with the given lengths and random tokens."""
+    starts = [[begin for begin, n in _spans(row) for _ in range(n)] for row in lengths]
+    ends = [[begin + n for begin, n in _spans(row) for _ in range(n)] for row in lengths]
+    tokens = torch.randint(vocab, (len(lengths), sum(lengths[0])), generator=torch.Generator().manual_seed(seed))
+    return PackedBatch(tokens, torch.tensor(starts), torch.tensor(ends))
+
+
+def _spans(row: list[int]) -> list[tuple[int, int]]:
+    return [(sum(row[:i]), n) for i, n in enumerate(row)]
+
+
+def config(root: Path, model: Path, **changes: Any) -> TrainConfig:
+    """Twelve steps on the text in ``root / "text"``."""
+    values: dict[str, Any] = {
+        "out": str(root / "run"),
+        "model": str(model),
+        "data": DataConfig(sources=(str(root / "text"),), duplicates="keep", holdout=0.2),
+        "seq_len": 24,
+        "micro_batch": 2,
+        "batch_tokens": 96,
+        "tokens": 12 * 96,
+        "block_sizes": (3, 4),
+        "kl_weight": 0.5,
+        "lr": 1e-2,
+        "min_lr": 1e-3,
+        "warmup": 0.2,
+        "log_every": 2,
+        "eval_tokens": 96,
+        "save_every": 4,
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    first, second = weights(one), weights(two)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

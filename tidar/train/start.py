@@ -1,0 +1,124 @@
+"""How a run begins: from fresh weights, from a checkpoint, or from where an earlier run stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from tidar.checkpoint import create_model, load_model
+from tidar.data.cache import open_cache
+from tidar.data.config import DataConfig
+from tidar.data.prepare import prepare
+from tidar.data.sources import documents
+from tidar.data.tokenizer import train_tokenizer
+from tidar.errors import TidarError
+from tidar.model import CausalLM
+from tidar.train import checkpoint
+from tidar.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["data", "model", "place", "write_config"]
+
+# What may differ between a run and its continuation: none of it changes a weight.
+FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds", "tensorboard")
+
+TOKENIZER_BYTES = 50_000_000  # of text; more changes the merges little
+
+
+def place(config: TrainConfig, resume: bool, continue_from: str, say: Callable[[str], None]) -> Path | None:
+    """The folder to go on from; None starts afresh.
+
+    Raises:
+        TidarError: ``out`` holds a run and ``resume`` is not set, or that run had other settings.
+    """
+    out = Path(config.out)
+    there = checkpoint.checkpoints(out)
+    if resume and there:
+        _check_same(out, config)
+        return checkpoint.newest_whole(out, say)
+    if there:
+        raise TidarError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+    return Path(continue_from) if continue_from else None
+
+
+def model(config: TrainConfig, source: Path | None) -> CausalLM:
+    """The model in fp32 on the run's device, from ``source`` if there is one."""
+    if source is not None:
+        folder = source / "model" if (source / "model").is_dir() else source
+        found = load_model(folder, device=config.device, dtype="float32")
+    elif config.model:
+        found = load_model(config.model, device=config.device, dtype="float32")
+    else:
+        found = create_model(config.arch, config.tokenizer or _tokenizer(config), seed=config.seed)
+        found.hf.to(config.device)  # type: ignore[arg-type]
+    if config.objective == "tidar":
+        _ = found.mask_id  # says what to do when there is none
+        assert found.spec is not None
+        found.spec = replace(found.spec, block_sizes=tuple(sorted(set(config.block_sizes))))
+    return found
+
+
+def data(config: TrainConfig, model: CausalLM) -> tuple[Path, Path | None]:
+    """Folders of the prepared training data and of the hold-out, if there is one.
+
+    Raises:
+        TidarError: a source is missing or broken, or prepared for a larger vocabulary than the model's.
+    """
+    folder = prepare(config.data, cast("PreTrainedTokenizerFast", model.tokenizer), Path(config.out) / "data")
+    ids = open_cache(folder / "train").meta["vocab_size"]
+    if ids > model.vocab_size:
+        raise TidarError(
+            f"the data in {folder} has {ids} token ids, the model {model.vocab_size}: prepare it with its tokenizer"
+        )
+    held_out = folder / "holdout"
+    return folder / "train", held_out if held_out.is_dir() else None
+
+
+def write_config(out: Path, config: TrainConfig) -> None:
+    """Keep what the run was, for its continuation and for whoever reads its results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / ".config.json.part"
+        part.write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, out / "config.json")
+    except OSError as error:
+        raise TidarError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _check_same(out: Path, config: TrainConfig) -> None:
+    try:
+        before = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TidarError(
+            f"cannot read {out / 'config.json'} ({error}): restore it, or start again elsewhere"
+        ) from error
+    now = json.loads(json.dumps(asdict(config)))
+    for name in now:
+        if name not in FREE and before.get(name) != now[name]:
+            raise TidarError(
+                f"cannot resume: {name} was {before.get(name)} and is now {now[name]}; use the first run's value, or "
+                "another --out"
+            )
+
+
+def _tokenizer(config: TrainConfig) -> Path:
+    folder = Path(config.out) / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(_texts(config.data), vocab_size=config.vocab_size, out=folder)
+    return folder
+
+
+def _texts(config: DataConfig) -> Iterator[str]:
+    size = 0
+    for source in config.sources:
+        for document in documents(source, config):
+            yield document.text
+            size += len(document.text)
+            if size > TOKENIZER_BYTES:
+                return
