@@ -40,9 +40,7 @@ def tokenizer(folder: Path) -> Path:
 
     core = Tokenizer(models.BPE(vocab={f"token{i}": i for i in range(VOCAB - 2)}, merges=[]))
     core.add_special_tokens(["<eos>", "<mask>"])
-    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", mask_token="<mask>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", mask_token="<mask>")
     made.save_pretrained(folder)
     return folder
 

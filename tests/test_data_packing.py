@@ -59,7 +59,7 @@ def test_every_document_once_an_epoch_and_whole(
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
     documents = write(folder, lengths)
-    data = PackedData(folder, seq_len=seq_len, batch_size=batch, seed=seed)
+    data = PackedData(folder, seq_len=seq_len, batch_size=batch, seed=seed, window=1)
     size = sum(lengths)
     stream: list[int] = []
     while len(stream) < 3 * size:
@@ -101,6 +101,27 @@ def test_resumes_anywhere(
     assert torch.equal(rows, torch.cat([batch.tokens for batch in expected]))
 
 
+@settings(deadline=None, max_examples=50)
+@given(lengths=SIZES, seq_len=st.integers(1, 20), window=st.integers(1, 30), seed=st.integers(0, 9))
+def test_rows_are_shuffled_within_a_window_and_none_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, window: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    write(folder, lengths)
+    width = max(1, min(window, sum(lengths) // seq_len))
+    plain = PackedData(folder, seq_len=seq_len, batch_size=width, seed=seed, window=1)
+    mixed = PackedData(folder, seq_len=seq_len, batch_size=width, seed=seed, window=window)
+    for one, other in zip(take(plain, 4), take(mixed, 4), strict=True):
+        assert sorted(one.tokens.tolist()) == sorted(other.tokens.tolist())
+
+
+def test_a_batch_holds_many_documents(tmp_path: Path) -> None:
+    documents = write(tmp_path, [640] * 100)
+    batch = PackedData(tmp_path, seq_len=32, batch_size=32, seed=0).next()
+    owner = {token: i for i, document in enumerate(documents) for token in document if token != EOS}
+    assert len({owner[t] for t in batch.tokens[:, 0].tolist()}) > 20  # in order it would be 2
+
+
 def test_order_follows_seed_and_epoch(tmp_path: Path) -> None:
     write(tmp_path, [4] * 50)
     first, again, other = (PackedData(tmp_path, seq_len=200, batch_size=1, seed=s) for s in (1, 1, 2))
@@ -115,7 +136,7 @@ def test_state_of_other_data_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "b", [4] * 6)
     state = PackedData(tmp_path / "a", seq_len=4, batch_size=1, seed=1).state_dict()
     for folder, seed in (("a", 2), ("b", 1)):
-        with pytest.raises(TidarError, match="resume with the data and seed of the first run"):
+        with pytest.raises(TidarError, match="resume with the data, row length and seed of the first run"):
             PackedData(tmp_path / folder, seq_len=4, batch_size=1, seed=seed).load_state_dict(state)
 
 
@@ -152,7 +173,7 @@ def test_broken_caches_are_named(tmp_path: Path) -> None:
         folder = tmp_path / broken
         write(folder, [5, 6])
         data = (folder / broken).read_bytes()
-        (folder / broken).write_bytes(data[: len(data) // 2])
+        (folder / broken).write_bytes(data[: len(data) // 4 * 2])  # whole tokens
         with pytest.raises(TidarError, match="prepare it again"):
             open_cache(folder)
         (folder / broken).unlink()

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train_data import records
 
+import tidar
 from tidar.errors import TidarError
 from tidar.recipes import RECIPES, load_recipe
+from tidar.train.trainer import train
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -29,11 +32,27 @@ def test_changes_reach_into_tables() -> None:
     assert plan.data.sources == load_recipe("smoke").data.sources
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smoke_learns(tmp_path: Path) -> None:
+    plan = load_recipe("smoke", {"out": str(tmp_path / "run"), "eval_every": 50})
+    result = train(plan)
+    assert result.tokens >= plan.tokens
+    valid = [r["bits_per_byte"] for r in records(tmp_path / "run") if "bits_per_byte" in r]
+    assert valid[-1] < 0.9 * valid[0]
+    answer = tidar.load(str(result.model)).generate("def ", tidar.SamplingParams(max_new_tokens=20))[0]
+    assert len(answer.token_ids) == 20
+
+
+def test_smoke_starts_from_nothing(tmp_path: Path) -> None:
+    """Offline, with data and tokenizer of its own."""
+    plan = load_recipe("smoke", {"out": str(tmp_path / "run"), "tokens": 2048, "data.max_documents": 3})
+    assert train(plan).step == 1
+
+
 def test_toml_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(
-        'out = "x"\nblock_sizes = [2, 3]\nlr = 1\nmin_lr = 0.5\n[data]\nsources = ["text"]\n[arch]\nlayers = 2\n'
-    )
+    path.write_text('out = "x"\nblock_sizes = [2, 3]\nlr = 1\n[data]\nsources = ["text"]\n[arch]\nlayers = 2\n')
     plan = load_recipe(str(path), {"seed": 9})
     assert (plan.out, plan.block_sizes, plan.lr, plan.arch.layers, plan.seed) == ("x", (2, 3), 1, 2, 9)
     path.write_text('base = "python-17m"\ntokens = 7\n[data]\nsources = ["elsewhere"]\n')

@@ -31,7 +31,7 @@ def stepper(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 def progress(step: int) -> Progress:
-    return Progress(step, step * 96, 0, {"position": step * 96, "seed": 0, "tokens": 1000})
+    return Progress(step, step * 96, 0, {"row": step * 6, "seed": 0, "tokens": 1000, "seq_len": 16})
 
 
 def save(out: Path, stepper: Stepper, step: int, keep_last: int = 2) -> Path:
@@ -81,9 +81,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path, stepper: St
     before = files(tmp_path)
     with (
         files_no_larger_than(size),
-        pytest.raises(
-            TidarError, match="cannot save checkpoint step-00000002.*last whole one is .*step-00000001"
-        ) as error,
+        pytest.raises(TidarError, match="cannot save checkpoint step-00000002.*last whole.*step-00000001") as error,
     ):
         save(tmp_path, stepper, 2)
     assert "\n" not in str(error.value)

@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tidar.api import Chunk, Completion, Model, load
+    from tidar.api import Model, load
     from tidar.config import SamplingParams
+    from tidar.decode.generation import Chunk, Completion
     from tidar.errors import TidarError
-    from tidar.model import convert
 
-__all__ = ["Chunk", "Completion", "Model", "SamplingParams", "TidarError", "convert", "load"]
+__all__ = ["Chunk", "Completion", "Model", "SamplingParams", "TidarError", "load"]
 
 _HOME = {
-    "Chunk": "tidar.api",
-    "Completion": "tidar.api",
+    "Chunk": "tidar.decode.generation",
+    "Completion": "tidar.decode.generation",
     "Model": "tidar.api",
     "SamplingParams": "tidar.config",
     "TidarError": "tidar.errors",
-    "convert": "tidar.model",
     "load": "tidar.api",
 }
 

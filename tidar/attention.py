@@ -145,6 +145,8 @@ def _flex(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+    # Autocast leaves the outputs of q/k norms in fp32; the kernel wants one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # Inside a compiled model the call is fused with it; alone on a GPU it must be compiled to be a kernel at all.
     run = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
 

@@ -90,7 +90,9 @@ class Conversation:
 
     def ask(self, entry: str) -> list[int]:
         messages = [*self._messages, {"role": "user", "content": entry}]
-        ids: list[int] = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # The template writes the special tokens itself.
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def keep(self, entry: str, answer: str) -> None:

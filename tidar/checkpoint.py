@@ -6,6 +6,7 @@ that is added, so it still loads as an autoregressive model everywhere.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -131,17 +132,17 @@ def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | Non
         kept = None if model.spec is None else asdict(model.spec)
         if kept is not None:
             setattr(model.hf.config, KEY, kept)
+        wanted = None if dtype is None else _dtype(dtype, torch.device("cpu"))
         state = None
-        if dtype is not None:
-            wanted = _dtype(dtype, torch.device("cpu"))
+        if wanted is not None:
             state = {name: p.detach().to(wanted) for name, p in model.hf.state_dict().items()}
-        before = model.hf.config.dtype
-        try:
-            model.hf.config.dtype = before if dtype is None else _dtype(dtype, torch.device("cpu"))
-            with _quiet():
-                model.hf.save_pretrained(folder, state_dict=state)
-        finally:
-            model.hf.config.dtype = before
+        with _quiet():
+            model.hf.save_pretrained(folder, state_dict=state)
+        if wanted is not None:  # save_pretrained notes the dtype of the model, not of what it was given
+            path = folder / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config["dtype"] = str(wanted).removeprefix("torch.")
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         model.tokenizer.save_pretrained(folder)
 
     write_folder(out, fill)

@@ -6,7 +6,6 @@ torch and transformers are imported inside ``run``, so that ``--help`` and a mis
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -48,11 +47,9 @@ class Checkpoint:
     """By default float32 on cpu and the checkpoint's own elsewhere."""
 
     def load(self) -> Model:
-        from transformers.utils import logging
-
         from tidar.api import load
 
-        logging.disable_progress_bar()
+        _quiet()
         return load(self.model, device=self.device, dtype=self.dtype)
 
 
@@ -145,6 +142,7 @@ class Convert:
     def run(self) -> None:
         from tidar.convert import convert
 
+        _quiet()
         convert(self.src, self.out)
         print(f"wrote {self.out}")
 
@@ -194,6 +192,13 @@ class Info:
             info.show(found)
 
 
+def _quiet() -> None:
+    """One line of ours says what went wrong; the hub's client would precede it with a line for every retry."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def _as_dict(answer: Completion) -> dict[str, Any]:
     return {**vars(answer), "tokens_per_forward": answer.tokens_per_forward}
 
@@ -227,8 +232,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
 
@@ -248,7 +251,7 @@ def _parse(argv: Sequence[str] | None) -> Command:
             return command
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
     """Ours in one line; what libraries warn their developers of is not for users."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         print(f"tidar: warning: {_one_line(message)}", file=sys.stderr)

@@ -26,6 +26,7 @@ __all__ = ["run"]
 
 PARAMS = SamplingParams(max_new_tokens=96)
 REPEATS = 3
+HEATS = (32, 96)  # new tokens; the four best of a heat go on to the next
 METHODS: tuple[Method, Method] = ("ar", "tidar")
 NAMES = {"ar": "AR", "tidar": "TiDAR"}
 
@@ -113,14 +114,21 @@ class Timing:
         return sum(len(a.token_ids) for a in self.answers) / sum(a.forwards for a in self.answers)
 
 
-def run(model: Model, *, as_json: bool = False) -> None:
-    """Show, measure and compare; print the numbers as a table or as one JSON object."""
-    console = Console(quiet=as_json, highlight=False)
+def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), console: Console | None = None) -> None:
+    """Show, measure and compare; print the numbers as a table or as one JSON object.
+
+    Args:
+        model: what to compare on.
+        as_json: print nothing but the numbers.
+        shown: how many of the prompts to stream; all are measured.
+        console: where to print.
+    """
+    console = console or Console(quiet=as_json, highlight=False)
     console.print(f"{model.core.path} on {model.core.device}; trying draft lengths …", style="dim", markup=False)
     drafting = fastest(model)
     console.print(f"fastest here: {drafting}\n", style="dim")
     if not as_json:
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[:shown]:
             _show(console, model, prompt, drafting)
         console.print("timing both, without printing …", style="dim")
     ar, tidar = compare(model, PROMPTS, drafting)
@@ -160,10 +168,10 @@ def candidates(longest: int) -> Iterator[Drafting]:
 
 
 def fastest(model: Model) -> Drafting:
-    """The candidate with the most tokens a second on the trial prompts: a short heat, and a longer one of the best."""
+    """The candidate with the most tokens a second on the trial prompts."""
     model.generate(TRIAL_PROMPTS[0], PARAMS, method="ar")  # warms up
     field = list(candidates(model.draft_len))
-    for tokens in (32, 96):
+    for tokens in HEATS:
         params = SamplingParams(max_new_tokens=tokens)
 
         def seconds_per_token(drafting: Drafting, params: SamplingParams = params) -> float:

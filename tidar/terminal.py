@@ -29,10 +29,9 @@ class Shown:
 
 def show(console: Console, chunks: Iterator[Chunk], shown: Shown) -> None:
     """Print the chunks of one answer as they come; ``shown`` is current even when Ctrl-C ends it."""
-    for chunk in chunks:
-        colour = COLOURS[shown.forwards % len(COLOURS)]
-        console.print(Text(chunk.text, style=colour), end="", soft_wrap=True)
+    for number, chunk in enumerate(chunks):
+        console.print(Text(chunk.text, style=COLOURS[number % len(COLOURS)]), end="", soft_wrap=True)
         shown.text += chunk.text
         shown.tokens += len(chunk.token_ids)
-        shown.forwards += 1
+        shown.forwards += chunk.forwards
     console.print()

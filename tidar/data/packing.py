@@ -3,8 +3,10 @@
 An endless stream of tokens is cut into rows: epoch after epoch, each a fresh permutation of the documents that
 (seed, epoch) alone decides. So every token of every document occurs exactly once an epoch; an epoch's last row is
 completed with the beginning of the next. A document that a row's end cuts goes on in the next row *as a new
-document*: its positions restart, and it does not see its first part. The stream's position is one number, which is
-all there is to resume.
+document*: its positions restart, and it does not see its first part.
+
+Rows are then shuffled among `WINDOW` neighbours (at most an epoch's rows), since a batch of neighbouring rows would
+hold few documents. The number of rows taken is all there is to resume.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from tidar.errors import TidarError
 __all__ = ["PackedBatch", "PackedData"]
 
 Ints = NDArray[np.int64]
+
+WINDOW = 4096
 
 
 class PackedBatch(NamedTuple):
@@ -46,13 +50,16 @@ class PackedData:
         cache_dir: a folder that `tidar.data.cache.CacheWriter` filled.
         seq_len: tokens of a row, S.
         batch_size: rows of a batch, B.
-        seed: key of the documents' order.
+        seed: key of the documents' order and of the rows'.
+        window: rows among which a row is shuffled; 1 leaves the stream in order.
 
     Raises:
         TidarError: no whole cache in the folder, or a size below 1.
     """
 
-    def __init__(self, cache_dir: Path, *, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, cache_dir: Path, *, seq_len: int, batch_size: int, seed: int, window: int = WINDOW
+    ) -> None:
         if seq_len < 1 or batch_size < 1:
             raise TidarError(f"seq_len and batch_size must be at least 1, not {seq_len} and {batch_size}")
         cache = open_cache(Path(cache_dir))
@@ -62,10 +69,10 @@ class PackedData:
         self.seed = seed
         self._tokens = cache.tokens
         self._offsets = cache.offsets
-        self._position = 0  # tokens taken off the stream
-        self._epoch = -1
-        self._order: Ints = np.empty(0, np.int64)  # documents in this epoch's order
-        self._ends: Ints = np.empty(0, np.int64)  # the epoch's stream position after each of them
+        self._window = max(1, min(window, len(self._tokens) // seq_len))
+        self._row = 0  # rows taken
+        self._orders: dict[int, tuple[Ints, Ints]] = {}
+        self._shuffled: tuple[int, Ints] = (-1, np.empty(0, np.int64))
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -74,20 +81,20 @@ class PackedData:
     @property
     def epoch(self) -> float:
         """Epochs taken so far."""
-        return self._position / len(self._tokens)
+        return self._row * self.seq_len / len(self._tokens)
 
     def next(self) -> PackedBatch:
         """The next ``batch_size`` rows."""
         size = self.batch_size * self.seq_len
         sources, lengths = [], []
-        wanted = size
-        while wanted:
-            source, length = self._pieces(self._position, wanted)
-            sources.append(source)
-            lengths.append(length)
-            taken = int(length.sum())
-            self._position += taken
-            wanted -= taken
+        for row in range(self._row, self._row + self.batch_size):
+            place, end = self._place(row) * self.seq_len, (self._place(row) + 1) * self.seq_len
+            while place < end:
+                source, length = self._pieces(place, end - place)
+                sources.append(source)
+                lengths.append(length)
+                place += int(length.sum())
+        self._row += self.batch_size
         source, length = np.concatenate(sources), np.concatenate(lengths)
         begin = np.cumsum(length) - length  # each piece's place in the batch
         tokens = self._tokens[np.repeat(source - begin, length) + np.arange(size)].astype(np.int64)
@@ -101,34 +108,49 @@ class PackedData:
     def _pieces(self, position: int, wanted: int) -> tuple[Ints, Ints]:
         """Documents, the first and last perhaps in part, that follow ``position`` in its epoch: offsets, lengths."""
         epoch, place = divmod(position, len(self._tokens))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch))))
-            self._order = random.permutation(len(self._offsets) - 1)
-            self._ends = np.cumsum(self._offsets[self._order + 1] - self._offsets[self._order])
+        order, all_ends = self._order(epoch)
         stop = min(place + wanted, len(self._tokens))
-        first = int(np.searchsorted(self._ends, place, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
-        ends = self._ends[first : last + 1]
-        document = self._order[first : last + 1]
+        first = int(np.searchsorted(all_ends, place, side="right"))
+        last = int(np.searchsorted(all_ends, stop, side="left"))
+        ends = all_ends[first : last + 1]
+        document = order[first : last + 1]
         begins = ends - (self._offsets[document + 1] - self._offsets[document])
         skipped = np.maximum(place - begins, 0)
         return self._offsets[document] + skipped, np.minimum(ends, stop) - begins - skipped
 
+    def _order(self, epoch: int) -> tuple[Ints, Ints]:
+        """The epoch's documents in order, and its stream position after each of them."""
+        if epoch not in self._orders:
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch))))
+            order = random.permutation(len(self._offsets) - 1)
+            # A window reaches into two epochs, or three.
+            self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 2}
+            self._orders[epoch] = order, np.cumsum(self._offsets[order + 1] - self._offsets[order])
+        return self._orders[epoch]
+
+    def _place(self, row: int) -> int:
+        """The row of the stream that comes as the ``row``-th."""
+        window, index = divmod(row, self._window)
+        if self._shuffled[0] != window:
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, window, 1))))
+            self._shuffled = window, random.permutation(self._window)
+        return window * self._window + int(self._shuffled[1][index])
+
     def state_dict(self) -> dict[str, int]:
-        """The stream's position, in tokens; batches may be cut differently after a resume."""
-        return {"position": self._position, "seed": self.seed, "tokens": len(self._tokens)}
+        """How many rows were taken; batches may be cut differently after a resume."""
+        return {"row": self._row, "seed": self.seed, "tokens": len(self._tokens), "seq_len": self.seq_len}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on where the state was taken.
 
         Raises:
-            TidarError: the state is of another seed or of other data.
+            TidarError: the state is of another seed, row length or data.
         """
         mine = self.state_dict()
-        if state["seed"] != mine["seed"] or state["tokens"] != mine["tokens"]:
-            raise TidarError(
-                f"cannot resume: the checkpoint's data had seed {state['seed']} and {state['tokens']} tokens, these "
-                f"have seed {mine['seed']} and {mine['tokens']}; resume with the data and seed of the first run"
-            )
-        self._position = state["position"]
+        for name, what in (("seed", "seed"), ("tokens", "number of tokens"), ("seq_len", "row length")):
+            if state[name] != mine[name]:
+                raise TidarError(
+                    f"cannot resume: the checkpoint's data had the {what} {state[name]}, these have {mine[name]}; "
+                    "resume with the data, row length and seed of the first run"
+                )
+        self._row = state["row"]

@@ -52,6 +52,8 @@ class TrainConfig:
     masking: Literal["full", "random"] = "full"
     """`full`: every draft position is a mask. `random`: the usual diffusion noise, for the paper's ablation."""
 
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """For the matrices; embeddings and norms always have AdamW."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
