@@ -8,22 +8,22 @@ from collections.abc import Sequence
 __all__ = ["longest_loop", "repeated_lines", "repeats"]
 
 PERIODS = range(4, 65)
-LOOP = 48  # tokens
-LINES = 0.5  # of the characters
+LOOP = 32  # tokens
+LINES = 1 / 3  # of the characters
 
 
 def repeats(tokens: Sequence[int], text: str) -> bool:
     """Whether an output repeats itself, by either of two signs.
 
-    - A loop: some n-gram of 4 … 64 tokens stands back to back, twice or more, over at least 48 tokens (a quarter of an
-      output that is shorter than 192, but never fewer than 16). Shorter n-grams need no entry of their own: a run of
-      one token is a run of four.
-    - Lines said again: at least half of the characters stand in lines that came before, digits and the space around
-      them apart. This finds the loops that the first misses because a number counts up in them (``x1 = 1``, ``x2 = 2``)
-      or because their lines change places.
+    - A loop: some n-gram of 4 … 64 tokens stands back to back, whole at least twice, over 32 tokens or more (over a
+      quarter of an output that is shorter than 128, but never fewer than 16). Shorter n-grams need no entry of their
+      own: a run of one token is a run of four.
+    - Lines said again: at least a third of the characters stand in lines that came before, digits taken as equal. This
+      finds loops that the first misses because a number counts up in them (``x1 = 1``, ``x2 = 2``) or because their
+      lines change places.
 
-    Neither finds a loop whose *words* change each time round. Both find regular code too (tables, lists of tests), which
-    is as easy to draft: `runs/tokens_per_forward.py` prints how many of the true continuations are judged repeating.
+    Neither finds a loop whose *words* change each time round. Both also find regular code (tables, lists of tests),
+    which is as easy to draft: of the true continuations of 524 held-out files they find 10, 2 %.
     """
     return longest_loop(tokens) >= min(LOOP, max(16, len(tokens) / 4)) or repeated_lines(text) >= LINES
 
