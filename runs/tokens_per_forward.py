@@ -59,7 +59,9 @@ class Output:
     repeats: bool = False
 
 
-def decode(model: Model, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any) -> list[Output]:
+def decode(
+    model: Model, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], **options: Any
+) -> list[Output]:
     outputs = [Output() for _ in prompts]
     for chunk in model.stream(prompts, params, **options):
         output = outputs[chunk.index]

@@ -47,7 +47,7 @@ def test_rows_keep_their_own_parameters(qwen3: Model) -> None:
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(each))]
     alone = [qwen3.generate([p], q, method="ar")[0].token_ids for p, q in zip(prompts, each, strict=True)]
     for method in ("ar", "tidar"):
-        got = qwen3.generate(prompts, each, method=method, draft_len=4)  # type: ignore[arg-type]
+        got = qwen3.generate(prompts, each, method=method, draft_len=4)
         assert [c.token_ids for c in got] == alone
 
 
@@ -77,7 +77,9 @@ def test_any_parameters(
 
 def test_seeds_differ_and_repeat(qwen3: Model) -> None:
     texts = [
-        qwen3.generate(PROMPTS[0], SamplingParams(temperature=1.0, seed=s, max_new_tokens=NEW), draft_len=4)[0].token_ids
+        qwen3.generate(PROMPTS[0], SamplingParams(temperature=1.0, seed=s, max_new_tokens=NEW), draft_len=4)[
+            0
+        ].token_ids
         for s in (1, 2, 1)
     ]
     assert texts[0] == texts[2] != texts[1]

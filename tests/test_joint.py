@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
-import scipy.stats
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +18,7 @@ from tidar.decode.tidar import TidarDecoder
 from tidar.model import CausalLM
 from tidar.sampling import RowParams, process
 
-VOCAB, TOKENS, SAMPLES, ROWS = 4, 5, 120_000, 20_000
+VOCAB, TOKENS, SAMPLES, ROWS = 4, 5, 100_000, 20_000
 PROMPT = [2, 0]
 ALPHA = 1e-6
 
@@ -38,7 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     with torch.no_grad():
         for name, parameter in made.hf.named_parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=0.25, generator=torch.Generator().manual_seed(len(name)))
+                spread = 0.1 if "embed" in name else 0.25
+                parameter.normal_(std=spread, generator=torch.Generator().manual_seed(len(name)))
     made.suppressed = tuple(range(VOCAB, made.vocab_size))
     return made
 
@@ -59,7 +58,9 @@ def enumerate_joint(model: CausalLM, params: SamplingParams) -> torch.Tensor:
     return probability.gather(2, texts[..., None])[..., 0].prod(1)
 
 
-def draw(decoder_of: type[ArDecoder] | None, model: CausalLM, params: SamplingParams, **options: object) -> torch.Tensor:
+def draw(
+    decoder_of: type[ArDecoder] | None, model: CausalLM, params: SamplingParams, **options: object
+) -> torch.Tensor:
     """Counts (VOCAB ** TOKENS,) over SAMPLES texts, each with its own seed."""
     counts = torch.zeros(VOCAB**TOKENS)
     weight = VOCAB ** torch.arange(TOKENS - 1, -1, -1)
@@ -87,7 +88,10 @@ def p_value(counts: torch.Tensor, exact: torch.Tensor) -> float:
         expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
         seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
     statistic = float(((seen - expected) ** 2 / expected).sum())
-    return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
+    # the survival function of chi-square
+    return float(
+        torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), torch.tensor(statistic / 2).double())
+    )
 
 
 PLAIN = SamplingParams(temperature=0.9)
@@ -97,7 +101,7 @@ ALL = SamplingParams(temperature=1.1, top_k=3, top_p=0.95, repetition_penalty=1.
 def test_the_enumeration_is_what_ar_draws(model: CausalLM) -> None:
     exact = enumerate_joint(model, ALL)
     assert float(exact.sum()) == pytest.approx(1)
-    assert float(exact.max()) < 0.2, "too peaked to show a subtle fault"
+    assert float(exact.max()) < 0.05, "too peaked to show a subtle fault"
     assert p_value(draw(ArDecoder, model, ALL), exact) > ALPHA
 
 
@@ -110,7 +114,7 @@ def test_joint(model: CausalLM, params: SamplingParams, k: int, acceptance: str)
     assert p_value(counts, enumerate_joint(model, params)) > ALPHA
 
 
-@pytest.mark.parametrize("proposals", [(3,), (1,)])
+@pytest.mark.parametrize("proposals", [(3,), pytest.param((1,), marks=pytest.mark.slow)])
 def test_joint_with_pruned_proposals(model: CausalLM, proposals: tuple[int, ...]) -> None:
     counts = draw(None, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA

@@ -161,6 +161,7 @@ def test_block_mask_equals_dense(lengths: list[int], k: int, narrow: bool) -> No
         rows = slice(i * tile, (i + 1) * tile)
         for j in block.kv_indices[0, 0, i, : block.kv_num_blocks[0, 0, i]].tolist():
             rebuilt[rows, j * tile : (j + 1) * tile] = padded[rows, j * tile : (j + 1) * tile]
+        assert block.full_kv_indices is not None and block.full_kv_num_blocks is not None
         for j in block.full_kv_indices[0, 0, i, : block.full_kv_num_blocks[0, 0, i]].tolist():
             rebuilt[rows, j * tile : (j + 1) * tile] = True
     assert torch.equal(rebuilt[:queries, :queries], dense)

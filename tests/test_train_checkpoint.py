@@ -68,11 +68,12 @@ def test_round_trip_and_the_last_n_are_kept(tmp_path: Path, stepper: Stepper) ->
     torch.rand(3)
     assert checkpoint.load_optimizer(made, optimizer)
     assert torch.equal(torch.get_rng_state(), state)
-    old, new = stepper.optimizer.state_dict(), optimizer.state_dict()
-    assert old["param_groups"] == new["param_groups"]
-    assert len(old["state"]) == len(new["state"]) > 10
-    for key, entry in old["state"].items():
-        assert all(torch.equal(new["state"][key][name], value) for name, value in entry.items())
+    parts = zip(stepper.optimizer.state_dict()["parts"], optimizer.state_dict()["parts"], strict=True)
+    for old, new in parts:
+        assert old["param_groups"] == new["param_groups"]
+        assert len(old["state"]) == len(new["state"]) > 5
+        for key, entry in old["state"].items():
+            assert all(torch.equal(new["state"][key][name], value) for name, value in entry.items())
 
 
 @pytest.mark.parametrize("size", [0, 500, 40_000, 120_000])

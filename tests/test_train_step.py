@@ -10,6 +10,7 @@ import torch
 from train_data import config, pack
 
 from tidar.checkpoint import load_model
+from tidar.train.optimizer import Optimizer
 from tidar.train.step import Stepper
 
 
@@ -45,7 +46,7 @@ def test_clipping_bounds_the_gradient(base: Path, root: Path) -> None:
     moved = []
     for clip in (1e9, 1e-3):
         stepper = Stepper(load_model(base), config(root, base, clip=clip, weight_decay=0.0))
-        stepper.optimizer = torch.optim.SGD(stepper.parameters, lr=1.0)  # type: ignore[assignment]
+        stepper.optimizer = Optimizer([torch.optim.SGD(stepper.parameters, lr=1.0)])
         before = [p.detach().clone() for p in stepper.parameters]
         norm = float(stepper([pack([[24]])], 0, 1.0)[4])
         change = [(p.detach() - b).square().sum() for p, b in zip(stepper.parameters, before, strict=True)]
@@ -60,7 +61,7 @@ def test_bf16_keeps_weights_and_optimizer_in_fp32(base: Path, root: Path) -> Non
     values = stepper([pack([[24]])], 0, 1e-3)
     exact = Stepper(load_model(base, dtype="float32"), config(root, base))([pack([[24]])], 0, 1e-3)
     assert {p.dtype for p in stepper.parameters} == {torch.float32}
-    moments = {v.dtype for s in stepper.optimizer.state.values() for v in s.values()}
+    moments = {v.dtype for part in stepper.optimizer.parts for s in part.state.values() for v in s.values()}
     assert moments == {torch.float32}
     assert float(values[0]) == pytest.approx(float(exact[0]), rel=0.02)
     assert float(values[0]) != float(exact[0])

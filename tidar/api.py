@@ -124,9 +124,7 @@ class Model:
                 f"draft length {length} is beyond the {max(trained)} the model was trained for: drafts will be poor",
                 stacklevel=3,
             )
-        return lambda: TidarDecoder(
-            self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta
-        )
+        return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)
 
 
 def load(

@@ -131,7 +131,8 @@ def _reference(
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)  # type: ignore[no-any-return]
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled
 
 
 def _flex(
@@ -148,7 +149,8 @@ def _flex(
     # Autocast leaves the outputs of q/k norms in fp32; the kernel wants one dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
     # Inside a compiled model the call is fused with it; alone on a GPU it must be compiled to be a kernel at all.
-    run = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    alone = query.is_cuda and not torch.compiler.is_compiling()
+    run: Any = _compiled_flex() if alone else flex_attention
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap  # type: ignore[operator]
@@ -160,12 +162,12 @@ def _flex(
         "score_mod": None if softcap is None else capped,
     }
     if s_aux is None:
-        out = run(query, key, value, **options)
+        out: Tensor = run(query, key, value, **options)
     else:
         out, aux = run(query, key, value, return_aux=AuxRequest(lse=True), **options)
         # A sink adds exp(sink) to the softmax's denominator.
         out = out * torch.sigmoid(aux.lse - s_aux.view(1, -1, 1).to(aux.lse))[..., None].to(out.dtype)
-    return out.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+    return out.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, tidar_attention)

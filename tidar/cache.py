@@ -18,7 +18,7 @@ from tidar.layout import Layout
 __all__ = ["SlotCache"]
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """Keys and values of B rows of different lengths, (B, H, capacity, D) a layer, allocated on first use.
 
     Attributes:
@@ -54,10 +54,12 @@ class SlotCache(Cache):  # type: ignore[misc]
             for i, old in enumerate(store):
                 store[i] = old[torch.tensor(rows, device=old.device)]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write (B, H, L, D) keys and values of a layer; return its first ``kv_len`` slots."""
-        keys = self._write(self._keys, key, layer_idx)
-        return keys, self._write(self._values, value, layer_idx)
+        keys = self._write(self._keys, key_states, layer_idx)
+        return keys, self._write(self._values, value_states, layer_idx)
 
     def _write(self, store: list[Tensor], new: Tensor, layer: int) -> Tensor:
         while len(store) <= layer:

@@ -40,8 +40,8 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
     Args:
         path: folder or hub id.
         device: ``cpu``, ``cuda``, ``cuda:1`` …
-        dtype: ``float32``, ``bfloat16``, ``float64``, ``float16``, or ``auto`` for the checkpoint's own; by default float32 on CPU (bf16 rounding makes
-            ties, and ties break exactness) and the checkpoint's own elsewhere.
+        dtype: ``float32``, ``bfloat16``, ``float64``, ``float16``, or ``auto`` for the checkpoint's own. By default
+            float32 on CPU (bf16 rounding makes ties, and ties break exactness) and ``auto`` elsewhere.
 
     Raises:
         TidarError: missing, damaged or unsupported checkpoint; device or dtype not available.
@@ -79,7 +79,11 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
 
 
 def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, seed: int = 0) -> CausalLM:
-    """A freshly initialised Qwen3 model in fp32 for the tokenizer in ``tokenizer_dir``, which must have a mask token."""
+    """A freshly initialised Qwen3 model in fp32 for the tokenizer in ``tokenizer_dir``.
+
+    Raises:
+        TidarError: the tokenizer has no mask token.
+    """
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer_dir))
@@ -99,8 +103,8 @@ def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, s
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=attention.NAME,
     )
+    config._attn_implementation = attention.NAME
     setattr(config, KEY, asdict(Spec(mask_token_id=tokenizer.mask_token_id)))
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -206,10 +210,10 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return name
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(name, name)
-    dtype = getattr(torch, short, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if short not in known:
         raise TidarError(f"dtype '{name}' is unknown: use float32, bfloat16, float16 or float64")
-    return dtype
+    return known[short]
 
 
 def _guarded(name: str, local: bool, load: Callable[[], Any]) -> Any:
@@ -222,4 +226,6 @@ def _guarded(name: str, local: bool, load: Callable[[], Any]) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if local:
             raise TidarError(f"cannot load the checkpoint in {name} (missing or damaged file): {first}") from error
-        raise TidarError(f"cannot fetch '{name}' from the hub, and it is no local folder: {first}") from error
+        raise TidarError(
+            f"cannot fetch '{name}' from the hub, and it is no local folder; check the name and the network: {first}"
+        ) from error

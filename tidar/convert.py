@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import AddedToken
+from torch import Tensor
+from transformers import AddedToken, PreTrainedModel
 
 from tidar.checkpoint import load_model, save_model
 from tidar.errors import TidarError
@@ -40,11 +41,11 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
     if tokenizer.mask_token_id is None:
         used = len(tokenizer)
         tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True)})
-        rows = hf.get_input_embeddings().weight.shape[0]
+        rows = _table(hf).shape[0]
         if len(tokenizer) > rows:
             hf.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
         with torch.no_grad():
-            table = hf.get_input_embeddings().weight
+            table = _table(hf)
             mean = table[:used].float().mean(0).to(table.dtype)
             table[rows:] = mean
             table[tokenizer.mask_token_id] = mean
@@ -53,3 +54,9 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
     hf.generation_config.suppress_tokens = sorted({*fresh.suppressed, fresh.spec.mask_token_id})
     save_model(fresh, out)
     return load_model(out, dtype="auto")
+
+
+def _table(hf: PreTrainedModel) -> Tensor:
+    weight = hf.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight

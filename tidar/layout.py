@@ -222,9 +222,7 @@ def training(starts: Tensor, ends: Tensor, k: Tensor | int, phase: Tensor | int 
         positions=torch.cat([position, position], 1),
         slots=torch.cat([slots, slots + size], 1),
         causal=torch.stack([torch.cat([starts, starts], 1), torch.cat([slots + 1, block_first], 1)], -1),
-        block=torch.stack(
-            [torch.cat([nothing, block_first + size], 1), torch.cat([nothing, block_end + size], 1)], -1
-        ),
+        block=torch.stack([torch.cat([nothing, block_first + size], 1), torch.cat([nothing, block_end + size], 1)], -1),
         clean=size,
         rows=torch.arange(2 * size, device=starts.device),
         kv_len=2 * size,

@@ -28,9 +28,7 @@ Masks = dict[int | None, Any]
 BLOCK = 128  # FlexAttention's default tile
 
 
-def render(
-    layout: Layout, windows: Iterable[int | None] = (None,), kind: Kind = "dense"
-) -> Masks:
+def render(layout: Layout, windows: Iterable[int | None] = (None,), kind: Kind = "dense") -> Masks:
     """Masks for every sliding window a model has, made once a forward and shared by its layers."""
     make = dense if kind == "dense" else block_mask
     return {w: None if _sees_all(layout, w) else make(layout.windowed(w)) for w in windows}

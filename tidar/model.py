@@ -129,7 +129,9 @@ class CausalLM:
             flat = torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=wide)
             logits = flat.view(*hidden.shape[:-1], -1) if bias is None else flat.view(*hidden.shape[:-1], -1) + bias
         else:
-            logits = torch.nn.functional.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+            logits = torch.nn.functional.linear(
+                hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+            )
         return self._transform(logits)
 
     def compile(self) -> None:
@@ -166,5 +168,7 @@ class CausalLM:
         self.windows = tuple(dict.fromkeys(seen))
         theirs = self.hf(input_ids=text, use_cache=False).logits[0].float()
         clean = self.head(ours[0, :count]).float()
-        if bool(theirs.isfinite().all()) and not torch.allclose(clean, theirs, rtol=0.05, atol=0.05 * float(theirs.std())):
+        if bool(theirs.isfinite().all()) and not torch.allclose(
+            clean, theirs, rtol=0.05, atol=0.05 * float(theirs.std())
+        ):
             raise TidarError(f"model family '{kind}' is not supported: its logits change under the layout")

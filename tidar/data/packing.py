@@ -57,9 +57,7 @@ class PackedData:
         TidarError: no whole cache in the folder, or a size below 1.
     """
 
-    def __init__(
-        self, cache_dir: Path, *, seq_len: int, batch_size: int, seed: int, window: int = WINDOW
-    ) -> None:
+    def __init__(self, cache_dir: Path, *, seq_len: int, batch_size: int, seed: int, window: int = WINDOW) -> None:
         if seq_len < 1 or batch_size < 1:
             raise TidarError(f"seq_len and batch_size must be at least 1, not {seq_len} and {batch_size}")
         cache = open_cache(Path(cache_dir))

@@ -18,6 +18,7 @@ class ArDecoder(Rows):
     """One token a forward."""
 
     lookahead = 1
+    _last: Tensor  # (B, 1), the last certain token
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         return self._next(self.open(prompts, params, 0))

@@ -92,7 +92,7 @@ class Rows:
         return process(logits, self.params, seen)
 
     def draw(self, logits: Tensor, positions: Tensor, seen: Tensor | None) -> Tensor:
-        """The tokens (B, R) that stand at ``positions`` (B, R), by the shared noise: the contract (docs/how-it-works)."""
+        """The tokens (B, R) that stand at ``positions`` (B, R), by the shared noise (the contract)."""
         return sample(self.scores(logits, seen), self.params, positions)
 
     def note(self, tokens: Sequence[Sequence[int]]) -> None:

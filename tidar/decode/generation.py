@@ -124,9 +124,7 @@ def stream(
         yield from _decode(model, rows, [prompts[i] for i in members], make_decoder())
 
 
-def _decode(
-    model: CausalLM, rows: list[_Row], prompts: list[Sequence[int]], decoder: Decoder
-) -> Iterator[Chunk]:
+def _decode(model: CausalLM, rows: list[_Row], prompts: list[Sequence[int]], decoder: Decoder) -> Iterator[Chunk]:
     # A generator must not keep inference mode on while its consumer runs.
     with torch.inference_mode():
         certain = decoder.prefill(prompts, [row.params for row in rows])

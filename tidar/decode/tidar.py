@@ -66,6 +66,7 @@ class TidarDecoder(Rows):
         kept = [max((i for i, j in enumerate(self.proposals) if j <= n), default=-1) for n in range(draft_len + 1)]
         self._kept = torch.tensor(kept, device=model.device)
         self._level = torch.tensor(self.proposals or (0,), device=model.device)
+        self._drafts = self._q = torch.empty(0, device=model.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         hidden = self.open(prompts, params, self.draft_len)
@@ -112,9 +113,7 @@ class TidarDecoder(Rows):
         positions = self.lengths[:, None] + torch.arange(1, k + 1, device=logits.device)
         seen = None if self.seen is None else seen_after(self.seen, self._drafts)
         if self.acceptance == "ratio":
-            accepted, follow = accept_ratio(
-                self.scores(logits, seen), self._q, self._drafts, self.params, positions
-            )
+            accepted, follow = accept_ratio(self.scores(logits, seen), self._q, self._drafts, self.params, positions)
             return accepted, follow[:, None]
         sampled = self.draw(logits, positions, seen)
         accepted = accept_matching(sampled, self._drafts)

@@ -53,7 +53,7 @@ class TrainConfig:
     """`full`: every draft position is a mask. `random`: the usual diffusion noise, for the paper's ablation."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    """For the matrices; embeddings and norms always have AdamW."""
+    """For the matrices; embeddings, head and norms always have AdamW."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-4

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tidar.train.config import TrainConfig
 
@@ -56,9 +57,10 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over all weights; only matrices that are not embeddings decay."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+def make_optimizer(config: TrainConfig, model: PreTrainedModel) -> Optimizer:
+    """The optimizer of ``config`` over all weights; only matrices that are neither embedding nor head decay."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m in ends}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for weight in model.parameters():
