@@ -8,8 +8,8 @@
 - ``identical_to_transformers``: prompts whose every token is the first choice of the plain transformers model, given
   the tokens before it: what its greedy `generate` would say. One forward a prompt proves it.
 - ``misses``: each place that differs (the first of each prompt against AR), its two tokens, and the ``gap``: how far
-  the lower of their logits lies below the best, in fp64. Rounding decides near-ties; a miss whose gap is beyond what the
-  dtype's rounding explains is a failure, and the exit code 1. In bf16 misses are expected: only the rates count.
+  the lower of their logits lies below the best, in fp64. Rounding decides near-ties; a miss whose gap is beyond what
+  the dtype's rounding explains is a failure, and the exit code 1. In bf16 misses are expected: only the rates count.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Plain:
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
         # Not "eager": its softmax is fp32 in every dtype.
-        self.hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.hf = model.to(device).eval()
         self.suppressed = list(self.hf.generation_config.suppress_tokens or ())
 
     @torch.inference_mode()

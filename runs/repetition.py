@@ -29,7 +29,7 @@ def repeats(tokens: Sequence[int], text: str) -> bool:
 
 
 def longest_loop(tokens: Sequence[int]) -> int:
-    """Tokens in the longest stretch that is one n-gram of 4 … 64 tokens over and over, whole at least twice; 0 if none."""
+    """Tokens in the longest stretch that is an n-gram of 4 … 64 tokens over and over, twice at least; 0 if none."""
     longest = 0
     for period in PERIODS:
         matches = 0

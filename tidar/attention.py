@@ -115,7 +115,8 @@ def _reference(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if tiled is not None:
-        scores = scores.masked_fill(~tiled, -torch.inf)
+        # Not -inf: a padding query that sees nothing would be NaN, and spread through its value.
+        scores = scores.masked_fill(~tiled, torch.finfo(scores.dtype).min)
     # fp32 at least, as the models' own code
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if s_aux is None:

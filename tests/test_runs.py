@@ -1,0 +1,384 @@
+"""The scripts behind the published numbers: what they count, and each of them end to end on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runs import holdout, humaneval_exact, plot_training, quality, tokens_per_forward
+from runs.repetition import longest_loop, repeated_lines, repeats
+from runs.tokens_per_forward import Output
+from tidar.api import Model
+from tidar.data.cache import CacheWriter, TokenCache
+from tidar.data.tokenizer import encode_documents, plain_encoder, vocabulary_digest
+from tidar.errors import TidarError
+
+ROOT = Path(__file__).parent.parent
+Converted = Callable[[str], Path]
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "runs" / name), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+
+
+# repetition
+
+
+def plainly_longest_loop(tokens: list[int]) -> int:
+    longest = 0
+    for period in range(4, 65):
+        for start in range(len(tokens)):
+            end = start + period
+            while end < len(tokens) and tokens[end] == tokens[end - period]:
+                end += 1
+            if end - start >= 2 * period:
+                longest = max(longest, end - start)
+    return longest
+
+
+def test_longest_loop_against_plain_search() -> None:
+    draw = random.Random(0)
+    found = set()
+    for _ in range(300):
+        tokens = [draw.randrange(3) for _ in range(draw.randrange(40))]
+        assert longest_loop(tokens) == plainly_longest_loop(tokens)
+        found.add(longest_loop(tokens))
+    assert len(found) > 5
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 4, 7, 16])
+def test_a_loop_repeats_from_32_tokens_on(period: int) -> None:
+    before = list(range(1000, 1100))
+    loop = [i % period for i in range(40)]
+    assert repeats(before + loop[:32] + before[:80], "")
+    assert not repeats(before + loop[:31] + before[:80], "")
+
+
+def test_an_n_gram_said_once_more_elsewhere_is_no_loop() -> None:
+    assert not repeats([*range(40), 999, *range(40), *range(100, 200)], "")
+    assert longest_loop(list(range(65)) * 3) == 0
+
+
+def test_short_outputs_have_a_lower_bar() -> None:
+    assert repeats([*range(100, 130), *[1, 2, 3, 4] * 5], "")
+    assert not repeats([1, 2, 3, 4, 5] * 3, "")
+
+
+def test_lines_that_count_up_repeat() -> None:
+    counting = "".join(f"    assert value_{i} == {i * 7}\n" for i in range(12))
+    tokens = list(counting.encode())
+    assert repeated_lines(counting) == pytest.approx(11 / 12)
+    assert repeats(tokens, counting)
+    changing = "".join(f"    assert {a * 3} == {b * 5}\n" for a, b in zip("abcdefgh", "ijklmnop", strict=True))
+    assert repeated_lines(changing) == 0  # the known limit: words that change
+
+
+def test_lines_that_change_places_repeat() -> None:
+    draw = random.Random(1)
+    text = "\n".join(draw.choice(["first = one()", "second = two()", "third = three()"]) for _ in range(12))
+    assert repeats(range(200), text)
+
+
+def test_ordinary_code_does_not_repeat() -> None:
+    text = Path(json.__file__).read_text()
+    assert not repeats(list(text[8000:8800].encode()), text[8000:8800])
+    assert not repeats([], "")
+
+
+# prompts
+
+
+def files(folder: Path, sizes: dict[str, int]) -> Path:
+    """Held-out files of random letters, ``sizes`` of them a package, the first of each a token too short."""
+    draw = random.Random(2)
+    lines = []
+    for package, count in sizes.items():
+        for i in range(count):
+            text = "".join(draw.choice("abcdef \n") for _ in range(600 if i else 511))
+            lines.append({"package": package, "path": f"{package}/{i}.py", "tokens": len(text) + 1, "text": text})
+    path = folder / "files.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_selection_takes_turns_and_ignores_the_order_of_the_file(tmp_path: Path) -> None:
+    source = files(tmp_path, {"a": 9, "b": 9, "c": 3})
+    tokenizer = tiny.byte_tokenizer()
+    chosen = holdout.select(source, tokenizer, count=12, per_package=5)
+    counts = {name: sum(p.package == name for p in chosen) for name in "abc"}
+    assert counts == {"a": 5, "b": 5, "c": 2}
+    lines = source.read_text().splitlines(keepends=True)
+    random.Random(3).shuffle(lines)
+    shuffled = tmp_path / "shuffled.jsonl.gz"
+    shuffled.write_bytes(gzip.compress("".join(lines).encode()))
+    assert holdout.select(shuffled, tokenizer, count=12, per_package=5) == chosen
+    texts = {line["path"]: line["text"] for line in map(json.loads, lines)}
+    for p in chosen:
+        assert tokenizer.decode(p.ids) == texts[p.path][:256]
+        assert tokenizer.decode(p.continuation) == texts[p.path][256:512]
+    with pytest.raises(TidarError, match="12 prompts, not 13: lower --count or raise --per-package"):
+        holdout.select(source, tokenizer, count=13, per_package=5)
+
+
+def test_prompts_are_kept_and_read_again(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    chosen = holdout.select(files(tmp_path, {"a": 4}), tokenizer, count=3, per_package=9)
+    for name in ("first.jsonl.gz", "second.jsonl.gz"):
+        holdout.save(chosen, tmp_path / name)
+    assert (tmp_path / "first.jsonl.gz").read_bytes() == (tmp_path / "second.jsonl.gz").read_bytes()
+    assert holdout.load(tmp_path / "first.jsonl.gz", tokenizer) == chosen
+    with pytest.raises(TidarError, match="cannot read"):
+        holdout.load(tmp_path / "none.jsonl", tokenizer)
+
+
+# tokens per forward
+
+
+def output(committed: list[int], **more: Any) -> Output:
+    return Output(
+        tokens=list(range(sum(committed))),
+        text="é" * sum(committed),
+        committed=committed,
+        forwards=len(committed),
+        **more,
+    )
+
+
+def test_rates_count_prefill_and_sum_before_dividing() -> None:
+    found = tokens_per_forward.rates([output([1, 4, 5]), output([1, 1])])
+    assert found["tokens_per_forward"] == pytest.approx(12 / 5)
+    assert found["mean"] == pytest.approx((10 / 3 + 1) / 2, abs=1e-4)
+    assert found["without_prefill"] == pytest.approx((4 + 5 + 1) / 3, abs=1e-4)
+    assert found["bytes_per_forward"] == pytest.approx(24 / 5)
+
+
+def test_summary_sets_repeating_outputs_apart_and_names_differences() -> None:
+    outputs = [output([1, 4, 4, 3]), output([1, 2, 2], repeats=True)]
+    other = output([1, 1, 3], repeats=True)
+    other.tokens[3] = 77
+    found = tokens_per_forward.summary(outputs, [outputs[0], other], 4)
+    assert found["all"]["outputs"] == 2 and found["not_repeating"]["outputs"] == 1
+    assert found["not_repeating"]["tokens_per_forward"] == 3
+    assert found["repeating_share"] == 0.5
+    assert found["lengths"] == [0, 1, 0, 2]  # last steps left out
+    assert found["identical_to_ar"] == "1/2"
+    assert found["differing"] == [[1, 3, 3, 77]]
+
+
+def test_tokens_per_forward(tmp_path: Path, converted: Converted) -> None:
+    source, prompts = files(tmp_path, {"a": 3, "b": 3}), tmp_path / "prompts.jsonl.gz"
+    folder = str(converted("qwen3"))
+    written = script(
+        "tokens_per_forward.py",
+        "--select",
+        str(source),
+        "--write",
+        str(prompts),
+        "--checkpoint",
+        folder,
+        "--count",
+        "3",
+    )
+    assert written.returncode == 0, written.stderr
+    assert "3 prompts of 2 packages" in written.stdout
+    out, acceptance = tmp_path / "results.jsonl", tmp_path / "acceptance.jsonl"
+    words = ["--checkpoint", folder, "--prompts", str(prompts), "--draft-len", "2", "4", "--new-tokens", "12"]
+    tokens_per_forward.main(
+        [*words, "--device", "cpu", "--check", "2", "--out", str(out), "--acceptance", str(acceptance)]
+    )
+    lines, kept = jsonl(out), jsonl(acceptance)
+    assert [(line["draft_len"], line["sampling"]) for line in lines] == [
+        (k, mode) for mode in ("greedy", "sampled") for k in (2, 4)
+    ]
+    for line, recording in zip(lines, kept, strict=True):
+        assert line["identical_to_ar"] == "2/2" and line["checkpoint"] == "converted" and line["dtype"] == "float32"
+        assert (recording["draft_len"], recording["sampling"]) == (line["draft_len"], line["sampling"])
+        assert [sum(steps) for steps in recording["committed"]] == [12] * 3
+        forwards = sum(map(len, recording["committed"]))
+        assert line["all"]["tokens_per_forward"] == pytest.approx(36 / forwards, abs=1e-4)
+        assert sum(line["lengths"]) == forwards - 6
+        assert sum(recording["repeats"]) == round(3 * line["repeating_share"])
+    assert lines[2]["temperature"] == 0.8 and lines[2]["top_p"] == 0.95
+
+
+# HumanEval
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    path = tmp_path / "problems.jsonl.gz"
+    prompts = ["def add(a, b):\n", "x = ", "import os\n\n\ndef size(path):\n"]
+    lines = [{"task_id": f"T/{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    return path
+
+
+def exact(problems: Path, checkpoint: Path, out: Path, *more: str) -> int:
+    words = ["--data", str(problems), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
+    return humaneval_exact.main([*words, "--draft-len", "3", "--new-tokens", "10", *more])
+
+
+def test_humaneval_exact(problems: Path, tmp_path: Path, converted: Converted) -> None:
+    assert exact(problems, converted("qwen3"), tmp_path / "out.jsonl") == 0
+    lines = {line["dtype"]: line for line in jsonl(tmp_path / "out.jsonl")}
+    for dtype in ("float32", "float64"):
+        assert lines[dtype]["identical_to_ar"] == lines[dtype]["identical_to_transformers"] == 3
+        assert lines[dtype]["misses"] == [] and lines[dtype]["tokens"] == 30
+    assert 0 < lines["bfloat16"]["tokens_before_first_difference"] <= 1
+
+
+@pytest.mark.parametrize("method", ["ar", "tidar"])
+def test_humaneval_exact_sees_a_wrong_token(
+    method: str, problems: Path, tmp_path: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = Model.generate
+
+    def wrong(self: Model, *args: Any, **options: Any) -> Any:
+        answers = generate(self, *args, **options)
+        if options.get("method", "tidar") == method:
+            answers[1].token_ids[6] = (answers[1].token_ids[6] + 1) % 256
+        return answers
+
+    monkeypatch.setattr(Model, "generate", wrong)
+    assert exact(problems, converted("qwen3"), tmp_path / "out.jsonl", "--dtypes", "float64") == 1
+    [line] = jsonl(tmp_path / "out.jsonl")
+    assert line["identical_to_ar"] == 2
+    assert line["tokens_before_first_difference"] == pytest.approx(26 / 30, abs=1e-5)
+    first = line["misses"][0]
+    assert (first["task"], first["against"], first["position"]) == ("T/1", "ar", 6)
+    assert first["gap"] > 1e-9 and line["failures"] == len(line["misses"])
+    assert line["identical_to_transformers"] == (3 if method == "ar" else 2)
+
+
+def test_a_near_tie_is_no_failure(
+    problems: Path, tmp_path: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(humaneval_exact.Plain, "gap", lambda *_: 5e-4)
+    generate = Model.generate
+
+    def wrong(self: Model, *args: Any, **options: Any) -> Any:
+        answers = generate(self, *args, **options)
+        if options.get("method") == "ar":
+            answers[0].token_ids[9] = (answers[0].token_ids[9] + 1) % 256
+        return answers
+
+    monkeypatch.setattr(Model, "generate", wrong)
+    assert exact(problems, converted("qwen3"), tmp_path / "out.jsonl", "--dtypes", "float32") == 0
+    assert exact(problems, converted("qwen3"), tmp_path / "out.jsonl", "--dtypes", "float64") == 1
+    assert [(line["identical_to_ar"], line["largest_gap"]) for line in jsonl(tmp_path / "out.jsonl")] == [(2, 5e-4)] * 2
+
+
+def test_the_gap_is_that_of_the_lower_token(converted: Converted) -> None:
+    plain = humaneval_exact.Plain(str(converted("qwen3")), torch.device("cpu"), torch.float64)
+    text = list(b"x = ")
+    logits = plain.hf(input_ids=torch.tensor([text])).logits[0, -1].detach()
+    logits[plain.suppressed] = -torch.inf
+    order = logits.argsort(descending=True)
+    first, third = (int(i) for i in (order[0], order[2]))
+    assert plain.gap(text, [first, third]) == pytest.approx(float(logits[first] - logits[third]))
+    assert plain.gap(text, [first, first]) == 0
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    done = script("humaneval_exact.py", "--data", str(tmp_path / "none.jsonl.gz"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot read") and done.stderr.count("\n") == 1
+
+
+# quality
+
+
+def test_quality(tmp_path: Path, converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, window = converted("qwen3"), 24
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    texts = ["def f(x):\n    return x\n", "é = 1\n", "import os\n" * 7 + "# end", "a"]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with CacheWriter(cache, vocab_size=len(tokenizer), eos_id=tiny.EOS) as writer:
+        for text, ids in zip(texts, encode_documents(plain_encoder(tokenizer), texts, tiny.EOS), strict=True):
+            writer.add(ids, len(text.encode()))
+        writer.close({"tokenizer": vocabulary_digest(tokenizer)})
+    words = ["--holdout", str(cache), "--checkpoint", f"ours={folder}", f"control={folder}", "--device", "cpu"]
+    out = tmp_path / "out.jsonl"
+    quality.main([*words, "--window", str(window), "--batch-tokens", "60", "--out", str(out)])
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    nats, predicted = 0.0, 0
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], tiny.EOS]
+        for first in range(0, len(ids) - 1, window):
+            part = torch.tensor(ids[first : first + window + 1])
+            with torch.no_grad():
+                logits = plain(input_ids=part[None, :-1]).logits[0]
+            nats += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+            predicted += len(part) - 1
+    size = sum(len(text.encode()) - 1 for text in texts)
+    for line, name in zip(jsonl(out), ("ours", "control"), strict=True):
+        assert line["name"] == name and line["tokens"] == predicted and line["bytes"] == size
+        assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+        assert line["ratio_to_control"] == 1
+    assert "+0.00% against control" in capsys.readouterr().out
+
+    meta = json.loads((cache / "meta.json").read_text())
+    (cache / "meta.json").write_text(json.dumps({**meta, "tokenizer": "another"}))
+    with pytest.raises(TidarError, match="not made with the tokenizer"):
+        quality.main([*words, "--out", str(out)])
+
+
+def test_windows_predict_every_token_once() -> None:
+    offsets = np.array([0, 1, 6, 30, 47], np.int64)
+    cache = TokenCache(np.zeros(offsets[-1], np.uint16), offsets, {})
+    found = quality.windows(cache, 8)
+    predicted = sorted(i for first, end in found for i in range(first + 1, end))
+    assert predicted == sorted(set(range(47)) - {0, 1, 6, 30})
+    assert max(end - first for first, end in found) == 9
+
+
+# curves
+
+
+def metrics(path: Path, tokens: list[int], *, rates: bool) -> Path:
+    lines: list[dict[str, Any]] = []
+    for i, count in enumerate(tokens):
+        lines.append({"step": i, "tokens": count, "loss": 3.0})
+        more = {f"tokens_per_forward_{k}": 1 + k * i / 20 for k in (4, 8, 16)} if rates else {}
+        lines.append({"step": i, "tokens": count, "bits_per_byte": 1 + 1 / (i + 1), **more})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_plot_training(tmp_path: Path) -> None:
+    words = []
+    for name, rates in (("base", False), ("tidar", True), ("control", False)):
+        words += [f"--{name}", str(metrics(tmp_path / f"{name}.jsonl", [10**7, 2 * 10**7, 3 * 10**7], rates=rates))]
+    drawn = []
+    for name in ("one", "two"):
+        plot_training.main([*words, "--out", str(tmp_path / f"{name}.svg")])
+        drawn.append((tmp_path / f"{name}.svg").read_bytes())
+    assert drawn[0] == drawn[1] and len(drawn[0]) < 100_000
+    text = drawn[0].decode()
+    assert all(label in text for label in ("AR base", "AR control", "TiDAR", "k = 4", "k = 8", "k = 16"))
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "base.jsonl").write_text('{"step": 1, "tokens": 5}\n')
+    with pytest.raises(TidarError, match="has no validation"):
+        plot_training.main([*words, "--out", str(tmp_path / "three.svg")])
