@@ -25,7 +25,6 @@ from tidar.errors import TidarError
 
 ROOT = Path(__file__).resolve().parent.parent
 GREY, BLUE, ORANGE = "#8c8c8c", "#1f5fa8", "#d9822b"
-BLUES = ("#9cc4e8", "#4b8fcc", "#1f5fa8", "#0c2f5c")
 RATE = "tokens_per_forward_"
 
 
@@ -60,10 +59,11 @@ def draw(base: list[dict[str, Any]], tidar: list[dict[str, Any]], control: list[
     quality.set(xlabel="clean tokens after the base (millions)", ylabel="AR bits per byte, held-out")
 
     sizes = sorted(int(key.removeprefix(RATE)) for key in tidar[-1] if key.startswith(RATE))
-    for k, colour in zip(sizes, BLUES[-len(sizes) :], strict=True):
+    for place, k in enumerate(sizes, 1):
+        shade = pyplot.get_cmap("Blues")(0.3 + 0.7 * place / len(sizes))
         rates = [line[f"{RATE}{k}"] for line in tidar]
-        speed.plot([line["tokens"] / 1e6 for line in tidar], rates, color=colour, label=f"k = {k}", marker=".")
-        trade.plot([line["bits_per_byte"] for line in tidar], rates, color=colour, label=f"k = {k}", marker=".")
+        speed.plot([line["tokens"] / 1e6 for line in tidar], rates, color=shade, label=f"k = {k}", marker=".")
+        trade.plot([line["bits_per_byte"] for line in tidar], rates, color=shade, label=f"k = {k}", marker=".")
     speed.set(xlabel="clean tokens (millions)", ylabel="tokens per forward (estimate)")
     trade.axvline(control[-1]["bits_per_byte"], color=ORANGE, linestyle="--", label="AR control at its end")
     trade.set(xlabel="AR bits per byte, held-out", ylabel="tokens per forward (estimate)")

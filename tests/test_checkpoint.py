@@ -7,11 +7,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tidar import checkpoint
@@ -42,9 +43,9 @@ def test_the_tests_cover_every_supported_family() -> None:
 
 
 def test_a_converted_checkpoint_is_a_plain_one(plain: Path, tmp_path: Path) -> None:
-    before = AutoModelForCausalLM.from_pretrained(plain)
+    before: Any = AutoModelForCausalLM.from_pretrained(plain)
     ours = convert(plain, tmp_path / "out")
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    after: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(after) is type(before) and after.config.model_type == before.config.model_type
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -92,7 +93,7 @@ def test_generate_stays_ordinary_under_our_attention(plain: Path) -> None:
         outs = []
         # transformers' eager attention makes NaN of padding in fp64
         for name in ("sdpa" if family == "llama" else "eager", NAME):
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation=name, experts_implementation="eager"
             )
             outs.append(model.generate(ids, attention_mask=seen, max_new_tokens=12, do_sample=False))
@@ -170,7 +171,10 @@ def test_scaled_positions_are_kept_within_the_original_length() -> None:
 
 def test_a_model_that_ignores_the_layout_is_refused(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def deaf(tokens: torch.Tensor, positions: torch.Tensor, masks: object, cache: object = None) -> torch.Tensor:
-        return qwen3.core.hf.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        out: torch.Tensor = qwen3.core.hf.base_model(
+            input_ids=tokens, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return out
 
     monkeypatch.setattr(qwen3.core, "backbone", deaf)
     with pytest.raises(TidarError, match="0 of 2 layers read the layout"):
@@ -232,7 +236,7 @@ def test_an_interrupted_download_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object, **__: object) -> None:
         raise ConnectionError("connection reset\nby peer, and a page of traceback")
 
-    monkeypatch.setattr(checkpoint.AutoConfig, "from_pretrained", broken)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", broken)
     with pytest.raises(TidarError, match="check the name and the network: connection reset$"):
         load_model("some/model")
 

@@ -44,7 +44,7 @@ def test_end_of_text_anywhere_in_a_block(qwen3: Model, k: int) -> None:
             got = ending_at(qwen3, token).generate(
                 PROMPT,
                 SamplingParams(max_new_tokens=40),
-                method=method,  # type: ignore[arg-type]
+                method=method,
                 draft_len=k,
             )[0]
             assert got.token_ids == text[: place + 1]
@@ -68,7 +68,7 @@ def test_positions_run_out(converted: Callable[[str], Path]) -> None:
     limit = model.core.max_positions
     prompt = list(b"ab" * (limit // 2 - 3))
     for method in ("ar", "tidar"):
-        got = model.generate(prompt, SamplingParams(max_new_tokens=100, ignore_eos=True), method=method)[0]  # type: ignore[arg-type]
+        got = model.generate(prompt, SamplingParams(max_new_tokens=100, ignore_eos=True), method=method)[0]
         assert len(prompt) + len(got.token_ids) == limit and got.finish_reason == "length"
 
 
@@ -145,7 +145,7 @@ def test_broken_characters_at_the_end_are_shown_as_such() -> None:
 def test_the_mask_is_never_produced(qwen3: Model) -> None:
     params = SamplingParams(max_new_tokens=200, temperature=50.0, ignore_eos=True, seed=1)
     for method in ("ar", "tidar"):
-        ids = qwen3.generate(PROMPT, params, method=method, draft_len=4)[0].token_ids  # type: ignore[arg-type]
+        ids = qwen3.generate(PROMPT, params, method=method, draft_len=4)[0].token_ids
         assert max(ids) < len(qwen3.core.tokenizer) and qwen3.core.mask_id not in ids
 
 
@@ -200,6 +200,6 @@ def test_lengths_beyond_training_warn(qwen3: Model) -> None:
 def test_nan_logits_stop_the_run(converted: Callable[[str], Path], method: str) -> None:
     model = Model(load_model(converted("llama")))
     with torch.no_grad():
-        model.core.hf.get_input_embeddings().weight[PROMPT[-1]] = torch.nan
+        dict(model.core.hf.named_parameters())["model.embed_tokens.weight"][PROMPT[-1]] = torch.nan
     with pytest.raises(TidarError, match="NaN"):
         model.generate(PROMPT, method=method)  # type: ignore[arg-type]

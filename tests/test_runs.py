@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,12 +15,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_holdout import files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runs import holdout, humaneval_exact, plot_training, quality, tokens_per_forward
-from runs.repetition import longest_loop, repeated_lines, repeats
+from runs import humaneval_exact, plot_training, quality, tokens_per_forward
 from runs.tokens_per_forward import Output
 from tidar.api import Model
 from tidar.data.cache import CacheWriter, TokenCache
@@ -39,116 +38,6 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
 def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "runs" / name), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
-
-
-# repetition
-
-
-def plainly_longest_loop(tokens: list[int]) -> int:
-    longest = 0
-    for period in range(4, 65):
-        for start in range(len(tokens)):
-            end = start + period
-            while end < len(tokens) and tokens[end] == tokens[end - period]:
-                end += 1
-            if end - start >= 2 * period:
-                longest = max(longest, end - start)
-    return longest
-
-
-def test_longest_loop_against_plain_search() -> None:
-    draw = random.Random(0)
-    found = set()
-    for _ in range(300):
-        tokens = [draw.randrange(3) for _ in range(draw.randrange(40))]
-        assert longest_loop(tokens) == plainly_longest_loop(tokens)
-        found.add(longest_loop(tokens))
-    assert len(found) > 5
-
-
-@pytest.mark.parametrize("period", [1, 2, 3, 4, 7, 16])
-def test_a_loop_repeats_from_32_tokens_on(period: int) -> None:
-    before = list(range(1000, 1100))
-    loop = [i % period for i in range(40)]
-    assert repeats(before + loop[:32] + before[:80], "")
-    assert not repeats(before + loop[:31] + before[:80], "")
-
-
-def test_an_n_gram_said_once_more_elsewhere_is_no_loop() -> None:
-    assert not repeats([*range(40), 999, *range(40), *range(100, 200)], "")
-    assert longest_loop(list(range(65)) * 3) == 0
-
-
-def test_short_outputs_have_a_lower_bar() -> None:
-    assert repeats([*range(100, 130), *[1, 2, 3, 4] * 5], "")
-    assert not repeats([1, 2, 3, 4, 5] * 3, "")
-
-
-def test_lines_that_count_up_repeat() -> None:
-    counting = "".join(f"    assert value_{i} == {i * 7}\n" for i in range(12))
-    tokens = list(counting.encode())
-    assert repeated_lines(counting) == pytest.approx(11 / 12)
-    assert repeats(tokens, counting)
-    changing = "".join(f"    assert {a * 3} == {b * 5}\n" for a, b in zip("abcdefgh", "ijklmnop", strict=True))
-    assert repeated_lines(changing) == 0  # the known limit: words that change
-
-
-def test_lines_that_change_places_repeat() -> None:
-    draw = random.Random(1)
-    text = "\n".join(draw.choice(["first = one()", "second = two()", "third = three()"]) for _ in range(12))
-    assert repeats(range(200), text)
-
-
-def test_ordinary_code_does_not_repeat() -> None:
-    text = Path(json.__file__).read_text()
-    assert not repeats(list(text[8000:8800].encode()), text[8000:8800])
-    assert not repeats([], "")
-
-
-# prompts
-
-
-def files(folder: Path, sizes: dict[str, int]) -> Path:
-    """Held-out files of random letters, ``sizes`` of them a package, the first of each a token too short."""
-    draw = random.Random(2)
-    lines = []
-    for package, count in sizes.items():
-        for i in range(count):
-            text = "".join(draw.choice("abcdef \n") for _ in range(600 if i else 511))
-            lines.append({"package": package, "path": f"{package}/{i}.py", "tokens": len(text) + 1, "text": text})
-    path = folder / "files.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_selection_takes_turns_and_ignores_the_order_of_the_file(tmp_path: Path) -> None:
-    source = files(tmp_path, {"a": 9, "b": 9, "c": 3})
-    tokenizer = tiny.byte_tokenizer()
-    chosen = holdout.select(source, tokenizer, count=12, per_package=5)
-    counts = {name: sum(p.package == name for p in chosen) for name in "abc"}
-    assert counts == {"a": 5, "b": 5, "c": 2}
-    lines = source.read_text().splitlines(keepends=True)
-    random.Random(3).shuffle(lines)
-    shuffled = tmp_path / "shuffled.jsonl.gz"
-    shuffled.write_bytes(gzip.compress("".join(lines).encode()))
-    assert holdout.select(shuffled, tokenizer, count=12, per_package=5) == chosen
-    texts = {line["path"]: line["text"] for line in map(json.loads, lines)}
-    for p in chosen:
-        assert tokenizer.decode(p.ids) == texts[p.path][:256]
-        assert tokenizer.decode(p.continuation) == texts[p.path][256:512]
-    with pytest.raises(TidarError, match="12 prompts, not 13: lower --count or raise --per-package"):
-        holdout.select(source, tokenizer, count=13, per_package=5)
-
-
-def test_prompts_are_kept_and_read_again(tmp_path: Path) -> None:
-    tokenizer = tiny.byte_tokenizer()
-    chosen = holdout.select(files(tmp_path, {"a": 4}), tokenizer, count=3, per_package=9)
-    for name in ("first.jsonl.gz", "second.jsonl.gz"):
-        holdout.save(chosen, tmp_path / name)
-    assert (tmp_path / "first.jsonl.gz").read_bytes() == (tmp_path / "second.jsonl.gz").read_bytes()
-    assert holdout.load(tmp_path / "first.jsonl.gz", tokenizer) == chosen
-    with pytest.raises(TidarError, match="cannot read"):
-        holdout.load(tmp_path / "none.jsonl", tokenizer)
 
 
 # tokens per forward
@@ -325,9 +214,9 @@ def test_quality(tmp_path: Path, converted: Converted, capsys: pytest.CaptureFix
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     nats, predicted = 0.0, 0
     for text in texts:
-        ids = [*tokenizer(text)["input_ids"], tiny.EOS]
-        for first in range(0, len(ids) - 1, window):
-            part = torch.tensor(ids[first : first + window + 1])
+        document = [*tokenizer(text)["input_ids"], tiny.EOS]
+        for first in range(0, len(document) - 1, window):
+            part = torch.tensor(document[first : first + window + 1])
             with torch.no_grad():
                 logits = plain(input_ids=part[None, :-1]).logits[0]
             nats += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
