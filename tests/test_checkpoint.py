@@ -121,6 +121,8 @@ def test_saved_and_loaded_again(qwen3: Model, tmp_path: Path) -> None:
         assert torch.equal(again.hf.state_dict()[name], value), name
     save_model(qwen3.core, tmp_path / "half", dtype="bfloat16")
     assert load_model(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("copy", "half")]
+    assert sizes[1] < sizes[0] / 3, "tied weights were written twice"
 
 
 @pytest.mark.parametrize(

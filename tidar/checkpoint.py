@@ -139,7 +139,9 @@ def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | Non
         wanted = None if dtype is None else _dtype(dtype, torch.device("cpu"))
         state = None
         if wanted is not None:
-            state = {name: p.detach().to(wanted) for name, p in model.hf.state_dict().items()}
+            # Tied weights stay one tensor, or they would be written twice.
+            cast: dict[int, torch.Tensor] = {}
+            state = {n: cast.setdefault(p.data_ptr(), p.detach().to(wanted)) for n, p in model.hf.state_dict().items()}
         with _quiet():
             model.hf.save_pretrained(folder, state_dict=state)
         if wanted is not None:  # save_pretrained notes the dtype of the model, not of what it was given
@@ -169,6 +171,8 @@ def write_folder(out: str | os.PathLike[str], fill: Callable[[Path], None]) -> N
     try:
         fill(part)
         part.chmod(0o755)
+        for path in part.rglob("*"):  # safetensors keeps its files from other users
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if final.exists():
             final.rmdir()
         os.replace(part, final)
