@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ __all__ = ["provenance", "record"]
 
 
 def provenance() -> dict[str, Any]:
-    """Revision (None outside a git repository, ``+changes`` if files differ), versions, device, command, date."""
+    """Revision (``+changes`` if files differ; outside a git repository that of TIDAR_REVISION), versions, device, command, date."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -58,4 +59,4 @@ def _revision() -> str | None:
         revision = git("rev-parse", "HEAD")
         return revision + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("TIDAR_REVISION")  # a copy of the tree, on a machine without the repository

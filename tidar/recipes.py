@@ -35,7 +35,7 @@ _PYTHON: dict[str, Any] = {
 _FROM_BASE: dict[str, Any] = {
     **_PYTHON,
     "model": "run/python-17m-ar/model",
-    "tokens": 540_000_000,
+    "tokens": 380_000_000,
     "lr": 4e-3,
     "min_lr": 2e-5,
 }
@@ -75,15 +75,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "tokenizer": "corpus/tokenizer",
             "arch": {"layers": 10, "max_positions": 2048},
             "objective": "ar",
-            "tokens": 350_000_000,
+            "tokens": 300_000_000,
             "lr": 8e-3,
             "min_lr": 4e-4,
         },
         "python-17m": {
             **_FROM_BASE,
             "out": "run/python-17m",
-            "block_sizes": (4, 8, 16, 16),
-            "kl_weight": 0.5,
+            "block_sizes": (4, 8, 16, 16, 16),
+            "kl_weight": 0.75,
         },
         "python-17m-control": {**_FROM_BASE, "out": "run/python-17m-control", "objective": "ar"},
     }
