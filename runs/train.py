@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tidar.errors import TidarError
+from tidar.provenance import record
 from tidar.recipes import load_recipe
 
 
@@ -39,6 +41,7 @@ def main() -> None:
     from tidar.train.trainer import train
 
     result = train(config, resume=args.resume, continue_from=args.continue_from)
+    record(Path(config.out) / "runs.jsonl", {"recipe": args.recipe, "step": result.step, "config": asdict(config)})
     print(f"{result.tokens:,} tokens in {result.step:,} steps; model: {result.model or 'not finished'}")
 
 

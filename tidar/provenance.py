@@ -17,7 +17,10 @@ __all__ = ["provenance", "record"]
 
 
 def provenance() -> dict[str, Any]:
-    """Revision (``+changes`` if files differ; outside a git repository that of TIDAR_REVISION), versions, device, command, date."""
+    """Revision, versions, device, command, date.
+
+    The revision ends in ``+changes`` if files differ; outside a git repository it is that of TIDAR_REVISION.
+    """
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
