@@ -213,10 +213,12 @@ def test_interrupt_of_a_running_process(folder: str) -> None:
 
 
 @pytest.mark.parametrize("words", [["info"], ["generate", "--help"]])
-def test_closed_pipe_is_quiet(words: list[str]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_pipe_is_quiet(words: list[str], unbuffered: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    child = subprocess.run([sys.executable, "-m", "tidar", *words], stdout=write, stderr=subprocess.PIPE)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    child = subprocess.run([sys.executable, "-m", "tidar", *words], stdout=write, stderr=subprocess.PIPE, env=env)
     os.close(write)
     assert child.stderr == b""
     assert child.returncode == 141

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tiny import FAMILIES
 
 from tidar.api import Model
@@ -195,7 +199,7 @@ def test_any_bytes_as_data(tmp_path_factory: pytest.TempPathFactory, data: bytes
         assert text.encode() in data or name != "x.txt"
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(["jsonl", "jsonl.gz", "parquet"]),
     at=st.floats(0, 1),
@@ -216,14 +220,8 @@ def test_any_damage_to_data(
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    import gzip
-    import json
-
-    import pyarrow
-    from pyarrow import parquet
-
     rows = [{"text": f"déf f{i}(x):\n    return {i}"} for i in range(30)]
     lines = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
     path = tmp_path_factory.mktemp("intact") / "rows.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(pa.Table.from_pylist(rows), path)
     return {"jsonl": lines, "jsonl.gz": gzip.compress(lines), "parquet": path.read_bytes()}

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,34 +31,18 @@ HEATS = (32, 96)  # new tokens; the four best of a heat go on to the next
 METHODS: tuple[Method, Method] = ("ar", "tidar")
 NAMES = {"ar": "AR", "tidar": "TiDAR"}
 
+# No prompt ends with a line end: the tokenizer joins one to the indentation behind it, which is the model's to choose.
 TRIAL_PROMPTS = (
     '''def read_lines(path, encoding="utf-8"):
-    """Return the lines of a text file without their line ends."""
-''',
+    """Return the lines of a text file without their line ends."""''',
     '''class Stack:
     """A last-in, first-out container."""
 
     def __init__(self):
-        self._items = []
-
-''',
+        self._items = []''',
 )
 
 PROMPTS = (
-    '''import argparse
-
-
-def build_parser():
-    """Return the command line parser of this script."""
-    parser = argparse.ArgumentParser(description=__doc__)
-''',
-    '''def is_palindrome(text):
-    """Return True if text reads the same in both directions.
-
-    >>> is_palindrome("level")
-    True
-    """
-''',
     '''class Point:
     """A point in the plane."""
 
@@ -65,24 +50,34 @@ def build_parser():
         self.x = x
         self.y = y
 
-    def __repr__(self):
-''',
+    def __repr__(self):''',
     '''import os
 
 
 def find_files(root, suffix):
-    """Yield the path of every file below root whose name ends with suffix."""
-    for dirpath, dirnames, filenames in os.walk(root):
-''',
-    """import unittest
+    """Yield the path of every file below root whose name ends with suffix."""''',
+    '''import argparse
 
 
-class TestCounter(unittest.TestCase):
-    def test_empty(self):
-        self.assertEqual(Counter("").most_common(), [])
+def build_parser():
+    """Return the command line parser of this script."""''',
+    '''import json
+from pathlib import Path
 
-    def test_letters(self):
-""",
+
+class Config:
+    """Settings kept in a JSON file."""
+
+    def __init__(self, path):''',
+    """import asyncio
+
+
+class Server:
+    def __init__(self, host, port):
+        self.host = host
+        self.port = port
+
+    async def start(self):""",
 )
 
 
@@ -124,7 +119,8 @@ def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), conso
         console: where to print.
     """
     console = console or Console(quiet=as_json, highlight=False)
-    console.print(f"{model.core.path} on {model.core.device}; trying draft lengths …", style="dim", markup=False)
+    name = Path(model.core.path).name
+    console.print(f"{name} on {model.core.device}; trying draft lengths …", style="dim", markup=False)
     drafting = fastest(model)
     console.print(f"fastest here: {drafting}\n", style="dim")
     if not as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -76,8 +77,8 @@ def _local(source: str, config: DataConfig) -> Iterator[Document]:
                 yield from _parquet(path, config.text_field)
             else:
                 yield Document(str(path), _utf8(path.read_bytes(), str(path)))
-        except (OSError, EOFError) as error:
-            raise TidarError(f"cannot read {path} ({error}): mend it or take it out of the sources") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
 
 
 def _utf8(data: bytes, origin: str) -> str:
@@ -114,7 +115,7 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Document(f"{path} row {number}", _text(row, field, f"{path} row {number}"))
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
 
 
