@@ -190,7 +190,7 @@ def read(path: Path) -> list[str]:
     return texts
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=80), name=st.sampled_from(["x.txt", "x.jsonl", "x.jsonl.gz", "x.parquet"]))
 def test_any_bytes_as_data(tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str) -> None:
     path = tmp_path_factory.getbasetemp() / name
@@ -199,7 +199,7 @@ def test_any_bytes_as_data(tmp_path_factory: pytest.TempPathFactory, data: bytes
         assert text.encode() in data or name != "x.txt"
 
 
-@settings(max_examples=6000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(["jsonl", "jsonl.gz", "parquet"]),
     at=st.floats(0, 1),
