@@ -229,7 +229,7 @@ def test_missing_folder_hub_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TidarError, match="cannot fetch 'nobody/nothing' from the hub.*check the name and the network"):
         load_model("nobody/nothing")
     with pytest.raises(TidarError, match="device 'cuda:99' is not available"):
-        load_model("./nowhere", device="cuda:99") if False else checkpoint._device("cuda:99")
+        checkpoint.check_device("cuda:99")
     with pytest.raises(TidarError, match="dtype 'int3' is unknown"):
         checkpoint._dtype("int3", torch.device("cpu"))
 

@@ -104,10 +104,11 @@ def test_beta(qwen3: Model) -> None:
     exact = [c.token_ids for c in qwen3.generate(PROMPTS, params, method="ar")]
     assert [c.token_ids for c in qwen3.generate(PROMPTS, params, beta=1.0, draft_len=4)] == exact
     for beta in (0.0, 0.5):
-        lossy = qwen3.generate(PROMPTS, params, beta=beta, draft_len=4)
+        with pytest.warns(UserWarning, match="lossy"):
+            lossy = qwen3.generate(PROMPTS, params, beta=beta, draft_len=4)
         assert [len(c.token_ids) for c in lossy] == [NEW] * len(PROMPTS)
         assert [c.token_ids for c in lossy] != exact
     with pytest.raises(TidarError, match="beta"):
         qwen3.generate(PROMPTS, params, beta=1.5)
-    with pytest.raises(TidarError, match="ratio"):
+    with pytest.raises(TidarError, match="ratio"), pytest.warns(UserWarning, match="lossy"):
         qwen3.generate(PROMPTS, params, beta=0.5, acceptance="ratio")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tidar.api import Model
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
+from tidar.convert import convert
 from tidar.decode.text import TextStream
 from tidar.errors import TidarError
 
@@ -176,6 +177,7 @@ BAD: list[tuple[str, Callable[[Model], object]]] = [
     ("repetition_penalty", lambda m: SamplingParams(repetition_penalty=0.0)),
     ("max_new_tokens", lambda m: SamplingParams(max_new_tokens=0)),
     ("seed", lambda m: SamplingParams(seed=-1)),
+    ("prompt 1 is not valid text at character 3", lambda m: m.generate("abc\ud800")),
     ("stop string", lambda m: SamplingParams(stop=("",))),
 ]
 
@@ -185,6 +187,37 @@ def test_bad_input(qwen3: Model, message: str, call: Callable[[Model], object]) 
     with pytest.raises(TidarError, match=message) as caught:
         call(qwen3)
     assert "\n" not in str(caught.value)
+
+
+def test_one_stop_string_is_not_its_letters() -> None:
+    assert SamplingParams(stop="def").stop == ("def",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_a_prompt_may_end_inside_a_character() -> None:
+    tokenizer = tiny.byte_tokenizer()
+    ids = tokenizer("é😀x")["input_ids"]
+    for cut in range(len(ids) + 1):
+        stream = TextStream(tokenizer, ids[:cut])
+        text = "".join(stream.push(token) for token in ids[cut:]) + stream.finish()
+        assert text.endswith("x") or cut == len(ids)
+        assert "é" not in text or cut < 2, "the prompt came out again"
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_texts_of_scaled_positions_end_at_the_same_place(tmp_path: Path, k: int) -> None:
+    """longrope: masks past the original length must not switch the clean rows' frequencies."""
+    scaling = {"rope_type": "longrope", "long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 10000.0}
+    folder = tiny.save_plain(
+        "phi3", tmp_path / "plain", rope_parameters=scaling, original_max_position_embeddings=64, head_dim=8
+    )
+    model = Model(convert(folder, tmp_path / "out"))
+    prompt = list(range(40, 69))
+    params = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    ar = model.generate(prompt, params, method="ar")[0].token_ids
+    assert len(prompt) + len(ar) == 64
+    with pytest.warns(UserWarning, match="not trained"):
+        assert model.generate(prompt, params, draft_len=k)[0].token_ids == ar
 
 
 def test_lengths_beyond_training_warn(qwen3: Model) -> None:

@@ -95,12 +95,24 @@ class Model:
     ) -> tuple[list[Sequence[int]], list[SamplingParams]]:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Sequence[Prompt] = [prompts] if single else prompts  # type: ignore[list-item,assignment]
-        texts = [self.core.tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in many]
+        texts = [self._ids(p, number) for number, p in enumerate(many, 1)]
         if params is None or isinstance(params, SamplingParams):
             return texts, [params or SamplingParams()] * len(texts)
         if len(params) != len(texts):
             raise TidarError(f"{len(params)} sampling parameters for {len(texts)} prompts: give one, or one each")
         return texts, list(params)
+
+    def _ids(self, prompt: Prompt, number: int) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise TidarError(
+                f"prompt {number} is not valid text at character {error.start}: give it as UTF-8"
+            ) from None
+        ids: list[int] = self.core.tokenizer(prompt)["input_ids"]
+        return ids
 
     def _maker(
         self,
@@ -114,6 +126,8 @@ class Model:
             return lambda: ArDecoder(self.core)
         if method != "tidar":
             raise TidarError(f"method '{method}' is unknown: use 'tidar' or 'ar'")
+        if beta < 1:
+            warnings.warn(f"beta = {beta} is lossy: the tokens are not those of autoregressive decoding", stacklevel=3)
         _ = self.core.mask_id  # refuses a checkpoint that was not converted
         length = self.draft_len if draft_len is None else draft_len
         trained = self.core.spec.block_sizes if self.core.spec else ()

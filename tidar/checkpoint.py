@@ -26,7 +26,7 @@ from tidar.errors import TidarError
 from tidar.families import check_config
 from tidar.model import KEY, CausalLM, Spec
 
-__all__ = ["create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
+__all__ = ["check_device", "create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
 
 
 def embedded_checkpoint() -> Path:
@@ -50,7 +50,7 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
     local = Path(name).exists()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise TidarError(f"no checkpoint at {name}: give a folder with config.json and *.safetensors, or a hub id")
-    target = _device(device)
+    target = check_device(device)
     wanted = _dtype(dtype, target)
     config = _guarded(name, local, lambda: AutoConfig.from_pretrained(name))
     check_config(config)
@@ -86,7 +86,10 @@ def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, s
     """
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer_dir))
+    name = os.fspath(tokenizer_dir)
+    if not Path(name).is_dir():
+        raise TidarError(f"no tokenizer in {name}: prepare the corpus first (runs/corpus.py), or name another folder")
+    tokenizer = _guarded(name, True, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.mask_token_id is None:
         raise TidarError(f"the tokenizer in {tokenizer_dir} has no mask token: add one (mask_token) and save it again")
     config = Qwen3Config(
@@ -199,7 +202,8 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _device(name: str) -> torch.device:
+def check_device(name: str) -> torch.device:
+    """The device of this name; `TidarError` if it is not there."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
@@ -85,7 +85,9 @@ class Demo:
     def run(self) -> None:
         from tidar import demo
 
-        demo.run(self.checkpoint.load(), as_json=self.json)
+        # In bf16 near-ties would decide, on a GPU's default dtype too; the demo shows exactness.
+        exact = replace(self.checkpoint, dtype=self.checkpoint.dtype or "float32")
+        demo.run(exact.load(), as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)

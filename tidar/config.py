@@ -32,6 +32,8 @@ class SamplingParams:
     """Go on past the end-of-text token."""
 
     def __post_init__(self) -> None:
+        # A string is a sequence of its letters, each of which would end the text.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.max_new_tokens < 1:
             raise TidarError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -38,16 +38,17 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
     if model.spec is not None:
         raise TidarError(f"{source} is converted already: train it with `tidar train`, or use it as it is")
     tokenizer, hf = model.tokenizer, model.hf
-    if tokenizer.mask_token_id is None:
-        used = len(tokenizer)
+    used, rows = len(tokenizer), _table(hf).shape[0]
+    own = tokenizer.mask_token_id is not None
+    if not own:
         tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True)})
-        rows = _table(hf).shape[0]
-        if len(tokenizer) > rows:
-            hf.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-        with torch.no_grad():
-            table = _table(hf)
-            mean = table[:used].float().mean(0).to(table.dtype)
-            table[rows:] = mean
+    if len(tokenizer) > rows:
+        hf.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        table = _table(hf)
+        mean = table[: min(used, rows)].float().mean(0).to(table.dtype)
+        table[rows:] = mean
+        if not own:
             table[tokenizer.mask_token_id] = mean
     fresh = CausalLM(hf, tokenizer, str(source))
     fresh.spec = Spec(mask_token_id=int(tokenizer.mask_token_id))

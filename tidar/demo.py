@@ -152,20 +152,23 @@ def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), conso
 
 
 def candidates(longest: int) -> Iterator[Drafting]:
-    """Draft lengths up to ``longest``, each with all proposals and with the powers of two.
+    """Draft lengths up to ``longest``, each with all proposals or with a few.
 
     Every proposal costs k queries: free on a GPU, dear on a CPU.
     """
     for k in sorted({k for k in (2, 3, 4, 6, 8, 12, 16) if k <= longest} | {longest}):
-        yield Drafting(draft_len=k, proposals=tuple(range(1, k + 1)))
-        powers = tuple(j for j in (1, 2, 4, 8, 16) if j <= k)
-        if len(powers) < k:
-            yield Drafting(draft_len=k, proposals=powers)
+        if k <= 8:
+            yield Drafting(draft_len=k, proposals=tuple(range(1, k + 1)))
+        for some in ((1, 3), (1, 2, 3), (1, 2, 4, 8, 16)):
+            proposals = tuple(j for j in some if j <= k)
+            if len(proposals) < k:
+                yield Drafting(draft_len=k, proposals=proposals)
 
 
 def fastest(model: Model) -> Drafting:
     """The candidate with the most tokens a second on the trial prompts."""
-    model.generate(TRIAL_PROMPTS[0], PARAMS, method="ar")  # warms up
+    for method in METHODS:  # warms up
+        model.generate(TRIAL_PROMPTS[0], SamplingParams(max_new_tokens=16), method=method)
     field = list(candidates(model.draft_len))
     for tokens in HEATS:
         params = SamplingParams(max_new_tokens=tokens)

@@ -48,7 +48,7 @@ class CausalLM:
         suppressed: token ids that are never produced: the mask, rows beyond the tokenizer's vocabulary, and those
             of generation_config. Nothing else of generation_config is applied.
         max_positions: longest text in tokens.
-        hard_limit: masks, too, must stay within ``max_positions``.
+        hard_limit: no position of a forward, masks' included, may pass ``max_positions``.
         windows: the sliding windows of its layers (None: full attention).
     """
 
@@ -101,10 +101,16 @@ class CausalLM:
         """
         if cache is not None:
             cache.place(layout)
-        return self.backbone(tokens, layout.positions, mask.render(layout, self.windows, kind), cache)
+        positions = layout.positions
+        if self.hard_limit:
+            # Drafts and masks past the end may stand anywhere; their positions must not switch the frequencies.
+            positions = positions.clamp(max=self.max_positions - 1)
+        return self.backbone(tokens, positions, mask.render(layout, self.windows, kind), cache)
 
     def backbone(self, tokens: Tensor, positions: Tensor, masks: mask.Masks, cache: SlotCache | None = None) -> Tensor:
-        out = self._backbone(
+        # Compiled for training's one shape; a decoder's shapes change with every forward.
+        run = self._backbone if cache is None else self.hf.base_model
+        out = run(
             input_ids=tokens,
             position_ids=positions,
             # Any 4-D mask keeps transformers from making one of its own, or from guessing packed documents.

@@ -137,6 +137,8 @@ def _parts(reader: _Reader) -> dict[str, NDArray[np.int64]]:
         reader.removed.update(["near duplicate of the hold-out"] * int(leaks.sum()))
         reader.removed.update(["near duplicate"] * int((twin >= 0).sum() - leaks.sum()))
         order = order[twin < 0]
+    apart = {reader.digests[i] for i in range(count) if held[i]}  # copies, where duplicates are kept
+    order = order[[held[i] or reader.digests[i] not in apart for i in order]]
     parts = {"train": np.sort(order[~held[order]])}
     if config.holdout:
         parts["holdout"] = np.sort(order[held[order]])

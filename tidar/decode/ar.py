@@ -17,7 +17,6 @@ __all__ = ["ArDecoder"]
 class ArDecoder(Rows):
     """One token a forward."""
 
-    lookahead = 1
     _last: Tensor  # (B, 1), the last certain token
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:

@@ -30,9 +30,6 @@ PREFILL_PIECE = 1024
 class Decoder(Protocol):
     """A decoding method, with the state of the rows it decodes."""
 
-    lookahead: int
-    """Positions past the last certain token that a forward may use."""
-
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         """Take new rows; return the tokens of each that are certain after its prompt."""
         ...

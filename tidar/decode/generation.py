@@ -98,8 +98,7 @@ def stream(
     Raises:
         TidarError: an empty prompt, one longer than the model, or NaN logits.
     """
-    probe = make_decoder()
-    limit = model.max_positions - (probe.lookahead if model.hard_limit else 0)
+    limit = model.max_positions
     for number, prompt in enumerate(prompts):
         where = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
         if not prompt:

@@ -25,8 +25,11 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        # The last few tokens are enough context, and a whole prompt would be decoded at every step.
-        self._stream = DecodeStream(ids=list(prompt[-4:]), skip_special_tokens=True)
+        # The last few tokens are enough context; a whole prompt would be decoded at every step, and one that begins or
+        # ends inside a character would come out again.
+        tails = (list(prompt[-n:]) for n in range(min(4, len(prompt)), 0, -1))
+        context = next((t for t in tails if "\ufffd" not in tokenizer.decode(t)), [])
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
         self._stop = tuple(stop)
         self._held = ""
         self._undecoded: list[int] = []

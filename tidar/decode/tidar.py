@@ -59,7 +59,6 @@ class TidarDecoder(Rows):
         wanted = layout.all_proposals(draft_len) if proposals is None else proposals
         self.proposals = check_proposals(draft_len, wanted if draft_len > 1 or beta < 1 else ())
         self.draft_len = draft_len
-        self.lookahead = 2 * draft_len
         self.acceptance = acceptance
         self.beta = beta
         # kept[n]: the largest proposal that was drafted for at most n accepted drafts, -1 if none

@@ -117,5 +117,7 @@ class TrainConfig:
             raise TidarError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}, which must be above 0")
         if not 0 <= self.warmup < 1:
             raise TidarError(f"warmup must lie in [0, 1), not {self.warmup}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0):
+            raise TidarError("beta1 and beta2 must lie in [0, 1), and weight_decay must be at least 0")
         if self.clip <= 0:
             raise TidarError(f"clip must be above 0, not {self.clip}")

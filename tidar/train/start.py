@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from tidar.checkpoint import create_model, load_model
+from tidar.checkpoint import check_device, create_model, load_model
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
 from tidar.data.prepare import prepare
@@ -56,7 +56,7 @@ def model(config: TrainConfig, source: Path | None) -> CausalLM:
         found = load_model(config.model, device=config.device, dtype="float32")
     else:
         found = create_model(config.arch, config.tokenizer or _tokenizer(config), seed=config.seed)
-        found.hf.to(config.device)  # type: ignore[arg-type]
+        found.hf.to(check_device(config.device))  # type: ignore[arg-type]
     if config.objective == "tidar":
         _ = found.mask_id  # says what to do when there is none
         assert found.spec is not None

@@ -36,7 +36,7 @@ class Stepper:
         self.optimizer = make_optimizer(config, model.hf)
         self.parameters = list(model.hf.parameters())
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
-        model.hf.train()
+        model.hf.eval()  # dropout stays off: nothing here is trained long enough to need it, and exactness forbids it
         if model.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             if config.compile:

@@ -53,7 +53,10 @@ def train(
     Raises:
         TidarError: wrong input, a loss that is not finite, or a checkpoint that cannot be written or read.
     """
-    return Trainer(config, resume=resume, continue_from=continue_from, on_valid=on_valid).run()
+    try:
+        return Trainer(config, resume=resume, continue_from=continue_from, on_valid=on_valid).run()
+    except OSError as error:
+        raise TidarError(f"cannot write {config.out}: {error}; free some space and go on with --resume") from error
 
 
 class Trainer:
@@ -175,7 +178,6 @@ class Trainer:
         record |= self.validation.run(self.stepper)
         if self.on_valid is not None:
             record |= self.on_valid(self.model)
-            self.model.hf.train()
         self.metrics.valid(record)
         self._restart_clock()
 
