@@ -104,7 +104,9 @@ class CausalLM:
         return self.backbone(tokens, layout.positions, mask.render(layout, self.windows, kind), cache)
 
     def backbone(self, tokens: Tensor, positions: Tensor, masks: mask.Masks, cache: SlotCache | None = None) -> Tensor:
-        out = self._backbone(
+        # Compiled code would be made anew for every state of the cache.
+        run = self._backbone if cache is None else self.hf.base_model
+        out = run(
             input_ids=tokens,
             position_ids=positions,
             # Any 4-D mask keeps transformers from making one of its own, or from guessing packed documents.
