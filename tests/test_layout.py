@@ -130,6 +130,35 @@ def test_prefill_by_hand(rows: list[tuple[int, int]], k: int) -> None:
                 assert seen == {slot} and slot >= start + count + k, "padding touches only itself"
 
 
+@given(lengths_strategy, st.integers(1, 7), st.integers(0, 6))
+def test_rollout_by_hand(lengths: list[int], k: int, phase: int) -> None:
+    """Every token of every block's continuation: the document before the block, and the continuation up to itself."""
+    size, phase = sum(lengths), phase % k
+    blocks = []  # (begin of the document, block's first token, its end)
+    for at, length in zip([sum(lengths[:d]) for d in range(len(lengths))], lengths, strict=True):
+        for first in range(k - phase, length, k):
+            blocks.append((at, at + first, at + min(first + k, length)))
+    starts, firsts, ends = torch.tensor([*blocks, (0, 0, 0)])[None].unbind(-1)  # and one of padding
+    written: set[int] = set()
+    for offset in range(k):
+        plan = layout.rollout(starts, firsts, ends, offset, size)
+        dense = mask.dense(plan)[0, 0]
+        assert plan.kv_len == 2 * size and plan.queries == len(blocks) + 1
+        for q, (at, first, end) in enumerate([*blocks, (0, 0, 0)]):
+            slot, seen = int(plan.slots[0, q]), set(dense[q].nonzero()[:, 0].tolist())
+            if first + offset >= end:
+                assert slot == size and seen == {size}
+                continue
+            assert slot == size + first + offset and slot != size and slot not in written
+            written.add(slot)
+            assert plan.positions[0, q] == first + offset - at
+            assert seen == {*range(at, first), *range(size + first, slot + 1)}
+            for window in (1, 3):
+                near = mask.dense(plan.windowed(window))[0, 0, q].nonzero()[:, 0].tolist()
+                assert near == sorted(seen, key=lambda s: s % size)[-window:]
+    assert len(written) == sum(end - first for _, first, end in blocks)
+
+
 @given(lengths_strategy, st.integers(1, 7), st.integers(1, 6))
 def test_window_counts_positions(lengths: list[int], k: int, window: int) -> None:
     starts, ends = documents(lengths)

@@ -9,6 +9,7 @@ import pytest
 from train_data import records
 
 import tidar
+from tidar.checkpoint import embedded_checkpoint
 from tidar.errors import TidarError
 from tidar.recipes import RECIPES, load_recipe
 from tidar.train.trainer import train
@@ -23,6 +24,10 @@ def test_the_control_differs_in_nothing_but_the_objective() -> None:
     tidar, control = RECIPES["python-17m"], RECIPES["python-17m-control"]
     differing = {k for k in {*tidar, *control} if tidar.get(k) != control.get(k)}
     assert differing == {"out", "objective", "block_sizes", "kl_weight"}
+
+
+def test_the_rollout_goes_on_from_the_checkpoint_in_the_package() -> None:
+    assert load_recipe("python-17m-rollout").model == str(embedded_checkpoint())
 
 
 def test_changes_reach_into_tables() -> None:

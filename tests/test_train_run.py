@@ -275,6 +275,9 @@ def test_what_cannot_be_trained_is_refused(root: Path, base: Path, tmp_path: Pat
         ({"warmup": 1.0}, "warmup"),
         ({"clip": 0.0}, "clip"),
         ({"tokens": 0}, "tokens"),
+        ({"rollout_sampled": 1.5}, "rollout_sampled"),
+        ({"rollout_temperature": 0.0}, "rollout_temperature"),
+        ({"draft_text": "model", "masking": "random"}, "draft_text model needs masking full"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

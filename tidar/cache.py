@@ -21,12 +21,17 @@ __all__ = ["SlotCache"]
 class SlotCache(Cache):
     """Keys and values of B rows of different lengths, (B, H, capacity, D) a layer, allocated on first use.
 
+    Args:
+        rows: B.
+        scattered: the rows never write one common run. Saves finding out, for which the host waits for the GPU.
+
     Attributes:
         lengths: committed tokens of each row.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, *, scattered: bool = False) -> None:
         super().__init__(layers=[])
+        self._scattered = scattered
         self.lengths = [0] * rows
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -38,6 +43,9 @@ class SlotCache(Cache):
         """Choose the slots that the next forward writes, those of ``layout``."""
         self._kv_len = layout.kv_len
         slots = layout.slots
+        if self._scattered:
+            self._slots = slots
+            return
         run = torch.arange(slots.shape[1], device=slots.device)
         self._first = min(self.lengths)
         contiguous = len(set(self.lengths)) == 1 and bool((slots == self._first + run).all())

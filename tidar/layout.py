@@ -8,6 +8,7 @@ slots**: one causal, one block.
 - prefill   ``[prompt | mask × k]``: the masks are the first draft (paper, section 3.2)
 - step      ``[d_1 … d_k | mask × k | … ]``: block j drafts for "exactly j of the drafts accepted" (Figure 3)
 - causal    ordinary autoregressive decoding
+- rollout   one token of many blocks, each continued from its own prefix of a text (training on the model's words)
 
 Everything else (dense masks, FlexAttention block masks, cache writes, the pictures in the docs) is derived from a
 `Layout`. A sliding window only raises the lower ends of the runs, so nothing downstream knows about it.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["Layout", "all_proposals", "causal", "check_proposals", "packed", "prefill", "step", "training"]
+__all__ = ["Layout", "all_proposals", "causal", "check_proposals", "packed", "prefill", "rollout", "step", "training"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +40,7 @@ class Layout:
         causal: (B, L, 2) int64, the run ``[first, end)`` of clean key slots a query sees; its first slot is the
             document's position 0.
         block: (B, L, 2) int64, the run ``[first, end)`` of slots of the query's own mask block; empty for clean ones.
+            In `rollout`, its own continuation.
         clean: number of clean queries C (text, drafts and padding); queries C … L-1 are mask tokens.
         rows: (R,) int64, the queries whose logits are read.
         kv_len: key slots the forward attends over.
@@ -225,5 +227,35 @@ def training(starts: Tensor, ends: Tensor, k: Tensor | int, phase: Tensor | int 
         block=torch.stack([torch.cat([nothing, block_first + size], 1), torch.cat([nothing, block_end + size], 1)], -1),
         clean=size,
         rows=torch.arange(2 * size, device=starts.device),
+        kv_len=2 * size,
+    )
+
+
+def rollout(starts: Tensor, firsts: Tensor, ends: Tensor, offset: Tensor | int, size: int) -> Layout:
+    """Token ``offset`` of every block of a text's rows, where each block is continued on its own.
+
+    Slots 0 … S-1 hold the text, and slot S + i the token that stands for text token i in its block's continuation. The
+    query of a block sees its document before the block, and the continuation so far. Queries of shorter blocks, and
+    padding (``firsts == ends``), all share slot S and see nothing else: it belongs to a row's first token, which has
+    no prefix and so no continuation.
+
+    Args:
+        starts: (B, Q) int64, slot of the first token of each block's document.
+        firsts: (B, Q) int64, slot of the block's first token, which is not its document's.
+        ends: (B, Q) int64, one past the slot of its last token.
+        offset: place in the block.
+        size: tokens of a row, S.
+    """
+    here = firsts + offset
+    real = here < ends
+    slots = torch.where(real, here, 0) + size
+    first = torch.where(real, firsts, 0)
+    return Layout(
+        positions=torch.where(real, here - starts, 0),
+        slots=slots,
+        causal=torch.stack([torch.where(real, starts, 0), first], -1),
+        block=torch.stack([first + size, slots + 1], -1),
+        clean=slots.shape[1],
+        rows=torch.arange(slots.shape[1], device=slots.device),
         kv_len=2 * size,
     )

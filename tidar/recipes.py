@@ -86,6 +86,17 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "kl_weight": 0.75,
         },
         "python-17m-control": {**_FROM_BASE, "out": "run/python-17m-control", "objective": "ar"},
+        # Goes on from the checkpoint in the package: drafts learn what the model itself would write.
+        "python-17m-rollout": {
+            **_FROM_BASE,
+            "out": "run/python-17m-rollout",
+            "model": str(Path(__file__).parent / "assets" / "python-17m"),
+            "block_sizes": (4, 8, 16, 16, 16),
+            "draft_text": "model",
+            "kl_weight": 0.75,
+            "tokens": 400_000_000,
+            "lr": 2e-3,
+        },
     }
 )
 

@@ -49,6 +49,13 @@ class TrainConfig:
     """Weight of the AR loss: L = [alpha * L_AR + L_draft] / (1 + alpha)."""
     kl_weight: float = 0.0
     """What the draft learns: 0 the text (cross-entropy), 1 the AR distribution of the same forward (KL), else a mix."""
+    draft_text: Literal["corpus", "model"] = "corpus"
+    """What the drafts are to be: `corpus`: the text. `model`: how the model itself goes on at the start of each block,
+    which is what decoding wants of them."""
+    rollout_sampled: float = 0.0
+    """Share of the blocks in which the model's own text is sampled; in the others it is greedy."""
+    rollout_temperature: float = 1.0
+    """Temperature of that sampling."""
     masking: Literal["full", "random"] = "full"
     """`full`: every draft position is a mask. `random`: the usual diffusion noise, for the paper's ablation."""
 
@@ -113,6 +120,14 @@ class TrainConfig:
             raise TidarError(f"alpha must be at least 0, not {self.alpha}")
         if not 0 <= self.kl_weight <= 1:
             raise TidarError(f"kl_weight must lie in [0, 1], not {self.kl_weight}")
+        if not 0 <= self.rollout_sampled <= 1:
+            raise TidarError(f"rollout_sampled must lie in [0, 1], not {self.rollout_sampled}")
+        if self.rollout_temperature <= 0:
+            raise TidarError(
+                f"rollout_temperature must be above 0, not {self.rollout_temperature}; rollout_sampled 0 is greedy"
+            )
+        if self.draft_text == "model" and self.masking == "random":
+            raise TidarError("draft_text model needs masking full: random masking shows parts of the corpus text")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise TidarError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}, which must be above 0")
         if not 0 <= self.warmup < 1:

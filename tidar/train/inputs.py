@@ -14,7 +14,7 @@ from tidar.layout import Layout
 from tidar.train.config import TrainConfig
 from tidar.train.loss import Targets
 
-__all__ = ["Blocks", "Inputs", "draw_blocks", "make_inputs"]
+__all__ = ["Blocks", "Inputs", "draw_blocks", "make_inputs", "moved"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_inputs(
             positions is a mask with probability t and counts 1/t, the others hold their clean token and count 0.
             None masks everything (the paper's method).
     """
-    tokens, starts, ends = (_moved(part, device) for part in batch)
+    tokens, starts, ends = (moved(part, device) for part in batch)
     rows, size = tokens.shape
     has_ar = (torch.arange(size, device=device) > starts).float()
     if blocks is None:
@@ -74,7 +74,8 @@ def make_inputs(
     return Inputs(ids, plan, Targets(labels=tokens, has_ar=has_ar, draft=weight))
 
 
-def _moved(part: Tensor, device: torch.device) -> Tensor:
+def moved(part: Tensor, device: torch.device) -> Tensor:
+    """``part`` of the CPU on the device; the host does not wait."""
     if device.type != "cuda":
         return part.to(device)
     return part.pin_memory().to(device, non_blocking=True)

@@ -2,7 +2,8 @@
 
 ``L = [α · mean CE(AR row i-1, x_i) + mean D(mask row i)] / (1 + α)``, where D is the cross-entropy with x_i, the
 divergence KL(p || q) from the AR distribution p of the same forward (detached: the draft learns, the teacher does
-not), or a mixture. Both halves predict the same token i, so they are handled as a pair: a chunk of tokens at a time,
+not), or a mixture. The draft may have labels and teacher of its own: the model's continuations (`tidar.train.rollout`)
+in place of the text. Both halves predict the same token i, so they are handled as a pair: a chunk of tokens at a time,
 each chunk's logits made, used forward *and backward*, and dropped. What remains is the gradient of the hidden states,
 with which the backbone's backward starts once.
 
@@ -35,11 +36,15 @@ class Targets:
         labels: (B, S) int64, the clean tokens.
         has_ar: (B, S) float, 1 where the token before belongs to the same document, so that an AR row predicts it.
         draft: (B, S) float, weight of the mask row's loss, or None for AR training.
+        drafted: (B, S) int64, labels of the mask rows; None: ``labels``.
+        teacher: (B, S, D) detached, hidden states whose distributions the mask rows learn; None: the AR rows.
     """
 
     labels: Tensor
     has_ar: Tensor
     draft: Tensor | None
+    drafted: Tensor | None = None
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +78,8 @@ def chunk_loss(
     labels_n: Tensor,
     has_ar_n: Tensor,
     draft_n: Tensor | None,
+    drafted_n: Tensor,
+    teacher_nD: Tensor | None,
     ar_scale: Tensor,
     draft_scale: Tensor,
     kl_weight: float,
@@ -80,7 +87,7 @@ def chunk_loss(
     """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL."""
     # nll_loss, not gather: compiled, its backward is fused with the softmax's.
     logp = [logits.log_softmax(-1) for logits in head(pair_PnD).unbind()]
-    nll = [nll_loss(half, labels_n, reduction="none") for half in logp]
+    nll = [nll_loss(half, wanted, reduction="none") for half, wanted in zip(logp, (labels_n, drafted_n), strict=False)]
     ar = (nll[0] * has_ar_n).sum()
     nothing = torch.zeros_like(ar)
     if draft_n is None:
@@ -89,6 +96,9 @@ def chunk_loss(
     if not kl_weight:
         return ar * ar_scale + draft * draft_scale, torch.stack([ar, draft, nothing]).detach()
     teacher, taught = logp[0].detach(), draft_n * has_ar_n
+    if teacher_nD is not None:
+        with torch.no_grad():
+            teacher = head(teacher_nD).log_softmax(-1)
     kl = ((teacher.exp() * (teacher - logp[1])).sum(-1) * taught).sum()
     labelled = (nll[1] * (draft_n - kl_weight * taught)).sum()
     loss = ar * ar_scale + (labelled + kl_weight * kl) * draft_scale
@@ -132,8 +142,10 @@ def train_loss(
     draft_scale = 1 / (1 + alpha) / counts.draft
     labels, has_ar = targets.labels.reshape(-1), targets.has_ar.reshape(-1)
     draft = None if targets.draft is None else targets.draft.reshape(-1)
+    drafted = labels if targets.drafted is None else targets.drafted.reshape(-1)
+    teacher = None if targets.teacher is None or not kl_weight else targets.teacher.flatten(0, 1)
     tokens = labels.shape[0]
-    pieces = max(1, -(-tokens * halves * vocab // chunk_elements))
+    pieces = max(1, -(-tokens * (halves + (teacher is not None)) * vocab // chunk_elements))
     size = -(-tokens // pieces)
     leaf, grad = pair.detach(), torch.empty_like(pair)
     total, sums = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(3, dtype=torch.float32)
@@ -141,8 +153,10 @@ def train_loss(
         part = slice(first, first + size)
         piece = leaf[:, part].requires_grad_()
         weights = None if draft is None else draft[part]
+        taught = None if teacher is None else teacher[part]
+        rows = (labels[part], has_ar[part], weights, drafted[part], taught)
         with autocast():
-            loss, sum_part = chunk(head, piece, labels[part], has_ar[part], weights, ar_scale, draft_scale, kl_weight)
+            loss, sum_part = chunk(head, piece, *rows, ar_scale, draft_scale, kl_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         assert piece.grad is not None
         grad[:, part] = piece.grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from tidar.train.config import TrainConfig
 from tidar.train.inputs import draw_blocks, make_inputs
 from tidar.train.loss import chunk_loss, count, train_loss
 from tidar.train.optimizer import make_optimizer
+from tidar.train.rollout import Sampling, roll_out
 
 __all__ = ["Stepper"]
 
@@ -60,17 +62,23 @@ class Stepper:
         blocks = draw_blocks(config, step) if config.objective == "tidar" else None
         inputs = []
         for index, batch in enumerate(batches):
-            noise = _noise(config.seed, step, index) if config.masking == "random" else None
+            noise = _key(config.seed, "noise", step, index) if config.masking == "random" else None
             inputs.append(make_inputs(batch, blocks, mask_id=self.mask_id, device=model.device, noise=noise))
         counts = count([micro.targets for micro in inputs])
         losses = torch.zeros(4, device=model.device)
-        for micro in inputs:
+        for index, (batch, micro) in enumerate(zip(batches, inputs, strict=True)):
+            targets = micro.targets
+            if blocks is not None and config.draft_text == "model":
+                key = _key(config.seed, "rollout", step, index)
+                sampling = Sampling(config.rollout_sampled, config.rollout_temperature, key)
+                own = roll_out(model, batch, blocks, kind=self.masks, autocast=self.autocast, sampling=sampling)
+                targets = replace(targets, drafted=own.tokens, teacher=own.hidden)
             with self.autocast():
                 hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
             losses += train_loss(
                 model.head,
                 hidden,
-                micro.targets,
+                targets,
                 counts,
                 vocab=model.vocab_size,
                 alpha=config.alpha,
@@ -86,6 +94,6 @@ class Stepper:
         return torch.cat([losses, norm.float()[None]])
 
 
-def _noise(seed: int, step: int, index: int) -> int:
-    """The seed of one micro-batch's random masking."""
-    return int.from_bytes(hashlib.sha256(f"{seed} noise {step} {index}".encode()).digest()[:7], "little")
+def _key(seed: int, use: str, step: int, index: int) -> int:
+    """The seed of one micro-batch's draws for one use."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {use} {step} {index}".encode()).digest()[:7], "little")

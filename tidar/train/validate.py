@@ -1,7 +1,8 @@
 """Held-out numbers while training: bits per byte of the AR half, and how often drafts are what AR would say.
 
-Drafts are judged on the held-out text itself, not on generated text: cheap, and good enough to watch a run. Exact
-tokens per forward come from decoding, which whoever starts the run may hang in (`train`'s ``on_valid``).
+Drafts are judged twice: against what AR says after each token of the held-out text, and against how AR itself goes on
+from the start of each block, which is what greedy decoding meets. Exact tokens per forward come from decoding, which
+whoever starts the run may hang in (`train`'s ``on_valid``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tidar.model import CausalLM
 from tidar.train.config import TrainConfig
 from tidar.train.inputs import Blocks, Inputs, make_inputs
 from tidar.train.loss import CHUNK_ELEMENTS, pairs
+from tidar.train.rollout import roll_out
 
 if TYPE_CHECKING:
     from tidar.train.step import Stepper
@@ -43,8 +45,9 @@ class Validation:
 
     def run(self, stepper: Stepper) -> dict[str, Any]:
         """Returns ``bits_per_byte`` (AR) and, for each block size k of a TiDAR run, ``draft_k`` (mean cross-entropy of
-        the masks, nats), ``match_k`` (by offset in the block, how often the draft's first choice is AR's) and
-        ``tokens_per_forward_k`` (estimated from these)."""
+        the masks on the text, nats), ``match_k`` (by offset in the block, how often the draft's first choice is AR's),
+        ``tokens_per_forward_k`` (estimated from these), and ``rollout_match_k`` and ``rollout_tokens_per_forward_k``:
+        the same for the model's own greedy continuations."""
         sizes: tuple[int | None, ...] = self.config.block_sizes if self.config.objective == "tidar" else (None,)
         record: dict[str, Any] = {}
         for k in sizes:
@@ -52,15 +55,23 @@ class Validation:
             sums = _Sums(k or 1)
             for batch in self.batches:
                 inputs = make_inputs(batch, blocks, mask_id=stepper.mask_id, device=stepper.model.device)
-                sums.add(inputs, *_rows(stepper, inputs))
+                losses, best = _rows(stepper, inputs)
+                sums.add(inputs, losses)
+                if blocks is not None:
+                    has_ar = inputs.targets.has_ar.bool()
+                    sums.on_text.add(inputs, best[1] == best[0], has_ar)
+                    own = roll_out(stepper.model, batch, blocks, kind=stepper.masks, autocast=stepper.autocast)
+                    sums.on_own.add(inputs, best[1] == own.tokens, own.own)
             record.setdefault("bits_per_byte", sums.ar / math.log(2) / self.bytes)
             if k is not None:
-                record |= {f"draft_{k}": sums.draft, f"match_{k}": sums.match, f"tokens_per_forward_{k}": sums.tokens}
+                record |= {f"draft_{k}": sums.draft}
+                for name, agreement in (("", sums.on_text), ("rollout_", sums.on_own)):
+                    record |= {f"{name}match_{k}": agreement.match, f"{name}tokens_per_forward_{k}": agreement.tokens}
         return record
 
 
 def _rows(stepper: Stepper, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Cross-entropies (P, B, S), and whether (B, S) draft and AR row agree on the likeliest token."""
+    """Cross-entropies (P, B, S) and likeliest tokens (P, B, S) of each half."""
     model, targets = stepper.model, inputs.targets
     halves = 1 if targets.draft is None else 2
     # With gradients on, though none is taken: the compiled forward of training serves again.
@@ -68,50 +79,59 @@ def _rows(stepper: Stepper, inputs: Inputs) -> tuple[Tensor, Tensor]:
         hidden = model.hidden(inputs.tokens, inputs.layout, kind=stepper.masks)
     labels = targets.labels.reshape(-1)
     size = max(1, CHUNK_ELEMENTS // (halves * model.vocab_size))
-    losses, matches = [], []
+    losses, best = [], []
     with torch.no_grad(), stepper.autocast():
         pair = pairs(hidden.detach(), halves)
         for first in range(0, labels.numel(), size):
             logits = model.head(pair[:, first : first + size])
             wanted = labels[first : first + size].expand(halves, -1)[..., None]
             losses.append(-logits.log_softmax(-1).gather(-1, wanted).squeeze(-1))
-            best = logits.argmax(-1)
-            matches.append(best[0] == best[-1])
-    shape = targets.labels.shape
-    return torch.cat(losses, 1).view(halves, *shape), torch.cat(matches).view(shape)
+            best.append(logits.argmax(-1))
+    shape = (halves, *targets.labels.shape)
+    return torch.cat(losses, 1).view(shape), torch.cat(best, 1).view(shape)
 
 
 class _Sums:
     """Totals over the sample for block length k."""
 
     def __init__(self, k: int) -> None:
-        self.k = k
         self.ar = 0.0  # nats over all predicted tokens
         self._draft = [0.0, 0]
-        self._hits, self._seen = torch.zeros(k), torch.zeros(k)
-        self._steps = [0.0, 0]
+        self.on_text, self.on_own = _Agreement(k), _Agreement(k)
 
-    def add(self, inputs: Inputs, losses: Tensor, match: Tensor) -> None:
+    def add(self, inputs: Inputs, losses: Tensor) -> None:
         has_ar = inputs.targets.has_ar.bool()
         self.ar += float(losses[0][has_ar].double().sum())
-        if inputs.targets.draft is None:
-            return
-        size = match.shape[1]
-        self._draft[0] += float(losses[1].double().sum())
-        self._draft[1] += match.numel()
-        block = inputs.layout.block[:, size:]
-        slot = torch.arange(size, device=match.device) + size
-        offset = (slot - block[..., 0])[has_ar]
-        self._hits += torch.bincount(offset[match[has_ar]], minlength=self.k).cpu()
-        self._seen += torch.bincount(offset, minlength=self.k).cpu()
-        begins = (block[..., 0] == slot) & (block[..., 1] - block[..., 0] == self.k)
-        lengths = leading_matches(match, begins, self.k)
-        self._steps[0] += float(lengths.double().sum())
-        self._steps[1] += lengths.numel()
+        if inputs.targets.draft is not None:
+            self._draft[0] += float(losses[1].double().sum())
+            self._draft[1] += losses[1].numel()
 
     @property
     def draft(self) -> float:
         return self._draft[0] / max(1, self._draft[1])
+
+
+class _Agreement:
+    """How often drafts in blocks of k were what AR says."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._hits, self._seen = torch.zeros(k), torch.zeros(k)
+        self._steps = [0.0, 0]
+
+    def add(self, inputs: Inputs, match: Tensor, judged: Tensor) -> None:
+        """Count ``match`` (B, S) where ``judged`` (B, S), and the whole blocks in which every draft is."""
+        size = match.shape[1]
+        block = inputs.layout.block[:, size:]
+        slot = torch.arange(size, device=match.device) + size
+        offset = (slot - block[..., 0])[judged]
+        self._hits += torch.bincount(offset[match[judged]], minlength=self.k).cpu()
+        self._seen += torch.bincount(offset, minlength=self.k).cpu()
+        begins = (block[..., 0] == slot) & (block[..., 1] - block[..., 0] == self.k)
+        whole = leading_matches(judged, begins, self.k) == self.k
+        lengths = leading_matches(match, begins, self.k)[whole]
+        self._steps[0] += float(lengths.double().sum())
+        self._steps[1] += lengths.numel()
 
     @property
     def match(self) -> list[float]:
