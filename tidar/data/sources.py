@@ -135,7 +135,7 @@ def _text(row: Any, field: str, origin: str) -> str:
 
 
 def _no_field(origin: str, field: str, names: list[str]) -> str:
-    return f"{origin} has no field {field!r}: set text_field to one of {', '.join(names)}"
+    return f"{origin} has no field {field!r}: set text_field to one of {', '.join(map(repr, names))}"
 
 
 def _first_line(error: BaseException) -> str:
