@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from train_data import pack
+from train_data import gradients, pack, plain_logits
 
 from tidar import layout
 from tidar.checkpoint import load_model
@@ -25,17 +25,6 @@ ROWS = [[1, 7, 12, 4], [13, 1, 1, 9]]  # documents of one token, blocks cut shor
 @pytest.fixture(scope="module")
 def model(converted: Callable[[str], Path]) -> CausalLM:
     return load_model(converted("llama"), dtype="float64")
-
-
-def plain_logits(model: CausalLM, ids: list[int], masks: int) -> Tensor:
-    """Logits of clean tokens followed by one block of masks, from a plain forward with a mask made by hand."""
-    size = len(ids) + masks
-    sees = torch.ones(size, size).tril().bool()
-    sees[len(ids) :, len(ids) :] = True
-    tokens = torch.tensor([ids + [model.mask_id] * masks])
-    out = model.hf(input_ids=tokens, position_ids=torch.arange(size)[None], attention_mask=sees[None, None])
-    logits: Tensor = out.logits[0]
-    return logits
 
 
 def paper_loss(
@@ -67,12 +56,6 @@ def paper_loss(
     if blocks is None:
         return mean_ar
     return (alpha * mean_ar + torch.stack(draft).mean()) / (1 + alpha)
-
-
-def gradients(model: CausalLM) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.hf.named_parameters() if p.grad is not None}
-    model.hf.zero_grad()
-    return found
 
 
 def ours(

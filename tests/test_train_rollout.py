@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, pad
-from train_data import config, pack, records, same_weights, write_text
+from train_data import config, gradients, pack, plain_logits, records, same_weights, write_text
 
 from tidar import layout
 from tidar.cache import SlotCache
@@ -167,24 +167,6 @@ def test_an_uncompiled_model_runs_on_a_cache(converted: Callable[[str], Path], m
         tiny.hidden(torch.tensor([[1, 2, 3]]), plan)
 
 
-def plain_logits(model: CausalLM, ids: list[int], masks: int = 0) -> Tensor:
-    size = len(ids) + masks
-    sees = torch.ones(size, size).tril().bool()
-    sees[len(ids) :, len(ids) :] = True
-    out = model.hf(
-        input_ids=torch.tensor([ids + [model.mask_id] * masks]),
-        position_ids=torch.arange(size)[None],
-        attention_mask=sees[None, None],
-    )
-    return out.logits[0]  # type: ignore[no-any-return]
-
-
-def gradients(model: CausalLM) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.hf.named_parameters() if p.grad is not None}
-    model.hf.zero_grad()
-    return found
-
-
 @pytest.mark.parametrize(
     ("blocks", "alpha", "kl_weight"),
     [(Blocks(1, 0), 1.0, 0.5), (Blocks(4, 3), 0.3, 0.0), (Blocks(5, 2), 1.2, 1.0), (Blocks(16, 7), 1.0, 0.75)],
@@ -197,13 +179,13 @@ def test_loss_and_gradient(model: CausalLM, blocks: Blocks, alpha: float, kl_wei
         at = 0
         for length in lengths:
             document = batch.tokens[row, at : at + length]
-            logits = plain_logits(model, document.tolist())
+            logits = plain_logits(model, document.tolist(), 0)
             ar += [cross_entropy(logits[i - 1], document[i]) for i in range(1, length)]
             at += length
         for begin, first, end in spans(lengths, blocks):
             prefix, wanted = batch.tokens[row, begin:first].tolist(), labels[row, first:end]
             drafted = plain_logits(model, prefix, end - first)[first - begin :]
-            taught = plain_logits(model, prefix + wanted.tolist()).detach()
+            taught = plain_logits(model, prefix + wanted.tolist(), 0).detach()
             for i in range(first, end):
                 own = cross_entropy(drafted[i - first], wanted[i - first])
                 if i > begin:

@@ -1,4 +1,4 @@
-"""A little text, and a run on it that takes a second."""
+"""A little text, a run on it that takes a second, and what to compare training with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tidar.data.config import DataConfig
 from tidar.data.packing import PackedBatch
+from tidar.model import CausalLM
 from tidar.train.config import TrainConfig
 
 
@@ -37,6 +38,23 @@ def pack(lengths: list[list[int]], *, seed: int = 0, vocab: int = 256) -> Packed
 
 def _spans(row: list[int]) -> list[tuple[int, int]]:
     return [(sum(row[:i]), n) for i, n in enumerate(row)]
+
+
+def plain_logits(model: CausalLM, ids: list[int], masks: int) -> Tensor:
+    """Logits of clean tokens followed by one block of masks, from a plain forward with a mask made by hand."""
+    size = len(ids) + masks
+    sees = torch.ones(size, size).tril().bool()
+    sees[len(ids) :, len(ids) :] = True
+    tokens = torch.tensor([ids + [model.mask_id] * masks])
+    out = model.hf(input_ids=tokens, position_ids=torch.arange(size)[None], attention_mask=sees[None, None])
+    logits: Tensor = out.logits[0]
+    return logits
+
+
+def gradients(model: CausalLM) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.hf.named_parameters() if p.grad is not None}
+    model.hf.zero_grad()
+    return found
 
 
 def config(root: Path, model: Path, **changes: Any) -> TrainConfig:
