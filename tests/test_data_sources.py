@@ -71,7 +71,7 @@ def test_jsonl(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"text": "cut o', "a.jsonl line 2 is not JSON .*perhaps truncated"),
-        (b'{"body": "x", "id": 3}', "a.jsonl line 2 has no field 'text': set text_field to one of body, id"),
+        (b'{"body": "x", "id": 3}', "a.jsonl line 2 has no field 'text': set text_field to one of 'body', 'id'"),
         (b'{"text": null}', "a.jsonl line 2: field 'text' holds NoneType, not text"),
         (b'"text"', "a.jsonl line 2 is no JSON object"),
         (b'{"text": "\xff"}', r"a.jsonl line 2 is not UTF-8 \(byte 10\)"),
@@ -87,7 +87,7 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"code": [f"text {i}" for i in range(3000)], "n": range(3000)}), path)
     assert read(path, text_field="code") == [f"text {i}" for i in range(3000)]
-    refused(path, "a.parquet has no field 'text': set text_field to one of code, n")
+    refused(path, "a.parquet has no field 'text': set text_field to one of 'code', 'n'")
     refused(path, "a.parquet row 1: field 'n' holds int", text_field="n")
     path.write_bytes(path.read_bytes()[:-20])
     refused(path, "cannot read .*a.parquet", text_field="code")
@@ -153,7 +153,9 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for source in ("hf:", "hf:a/b/c/d", "hf:/b"):
         refused(source, r"is no data set: write hf:OWNER/NAME")
-    refused("hf:me/code", "hf:me/code document 1 has no field 'body': set text_field to one of text", text_field="body")
+    refused(
+        "hf:me/code", "hf:me/code document 1 has no field 'body': set text_field to one of 'text'", text_field="body"
+    )
 
 
 def test_unknown_data_set_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
