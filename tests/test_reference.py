@@ -47,6 +47,7 @@ def test_humaneval_equals_transformers(model: tidar.Model, task: str) -> None:
         pad_token_id=0,
         suppress_tokens=list(model.core.suppressed),
     )
+    plain.generation_config = config  # its own would supply the end-of-text token again
     expected = plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
     got = model.generate(HUMANEVAL[task], SamplingParams(max_new_tokens=256, ignore_eos=True), draft_len=16)[0]
     assert got.token_ids == expected.tolist() and len(got.token_ids) == 256
