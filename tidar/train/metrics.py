@@ -68,7 +68,7 @@ class Metrics:
         """One line about validation."""
         self._write(record)
         shown = " · ".join(
-            f"{key} {value:.4f}" for key, value in record.items() if isinstance(value, float) and "offset" not in key
+            f"{key} {value:.4f}" for key, value in record.items() if isinstance(value, float)
         )
         self.say(f"validation at step {record['step']} · {shown}")
 
