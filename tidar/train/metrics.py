@@ -67,9 +67,7 @@ class Metrics:
     def valid(self, record: Mapping[str, Any]) -> None:
         """One line about validation."""
         self._write(record)
-        shown = " · ".join(
-            f"{key} {value:.4f}" for key, value in record.items() if isinstance(value, float)
-        )
+        shown = " · ".join(f"{key} {value:.4f}" for key, value in record.items() if isinstance(value, float))
         self.say(f"validation at step {record['step']} · {shown}")
 
     def say(self, text: str) -> None:
