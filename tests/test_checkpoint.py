@@ -51,7 +51,7 @@ def test_a_converted_checkpoint_is_a_plain_one(plain: Path, tmp_path: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     mask = tokenizer.mask_token_id
     assert ours.spec is not None and mask == ours.spec.mask_token_id == len(tokenizer) - 1
-    assert after.config.tidar == {"mask_token_id": mask, "block_sizes": []}
+    assert after.config.tidar == {"mask_token_id": mask, "block_sizes": [], "transition": 0}
     assert mask in after.generation_config.suppress_tokens
     changed = [n for n, p in after.state_dict().items() if not torch.equal(p, before.state_dict()[n])]
     assert set(changed) <= {"model.embed_tokens.weight", "lm_head.weight"}

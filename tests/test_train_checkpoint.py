@@ -63,7 +63,7 @@ def test_round_trip_and_the_last_n_are_kept(tmp_path: Path, stepper: Stepper) ->
     fresh: CausalLM = load_model(made / "model")
     for name, value in stepper.model.hf.state_dict().items():
         assert torch.equal(fresh.hf.state_dict()[name], value), name
-    optimizer = make_optimizer(stepper.config, fresh.hf)
+    optimizer = make_optimizer(stepper.config, fresh)
     state = torch.get_rng_state()
     torch.rand(3)
     assert checkpoint.load_optimizer(made, optimizer)

@@ -41,11 +41,11 @@ def test_no_warm_up() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_matrices_decay_and_embeddings_heads_norms_biases_do_not(converted: Callable[[str], Path], family: str) -> None:
-    model = load_model(converted(family)).hf
+    model = load_model(converted(family))
     groups = make_optimizer(config(Path(), Path(), weight_decay=0.3), model).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
-    for name, weight in model.named_parameters():
+    for name, weight in model.hf.named_parameters():
         matrix = weight.ndim == 2 and not any(table in name for table in ("embed", "lm_head"))
         assert decay[id(weight)] == (0.3 if matrix else 0.0), name
 

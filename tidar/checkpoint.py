@@ -1,7 +1,7 @@
 """Checkpoints: plain Hugging Face folders, read and written whole or not at all.
 
-A TiDAR checkpoint keeps its ``model_type``; a ``tidar`` key in config.json and a mask token in the tokenizer are all
-that is added, so it still loads as an autoregressive model everywhere.
+A TiDAR checkpoint keeps its ``model_type``; a ``tidar`` key in config.json, a mask token in the tokenizer and perhaps a
+file ``transition.safetensors`` are all that is added, so it still loads as an autoregressive model everywhere.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch as safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as hf_logging
+from transformers.utils.hub import cached_file
 
 from tidar import attention
 from tidar.config import Architecture
@@ -27,6 +29,9 @@ from tidar.families import check_config
 from tidar.model import KEY, CausalLM, Spec
 
 __all__ = ["check_device", "create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
+
+
+TRANSITION = "transition.safetensors"
 
 
 def embedded_checkpoint() -> Path:
@@ -74,8 +79,18 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
         size = sum(p.numel() * p.element_size() for p in hf.parameters()) / 2**30
         raise TidarError(f"{name} needs {size:.1f} GiB, more than {target} has free; try a smaller dtype") from None
     model = CausalLM(hf, tokenizer, name)
+    if model.spec is not None and model.spec.transition:
+        _guarded(name, local, lambda: _load_transition(model, name))
     model.probe()
     return model
+
+
+def _load_transition(model: CausalLM, name: str) -> None:
+    """The transition's weights, from a file of their own: transformers would call them unexpected."""
+    assert model.spec is not None
+    path = cached_file(name, TRANSITION)
+    assert path is not None  # it raises
+    model.add_transition(model.spec.transition).load_state_dict(safetensors.load_file(path))
 
 
 def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, seed: int = 0) -> CausalLM:
@@ -153,6 +168,10 @@ def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | Non
             config["dtype"] = str(wanted).removeprefix("torch.")
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         model.tokenizer.save_pretrained(folder)
+        if model.transition is not None:
+            kept_dtype = wanted if isinstance(wanted, torch.dtype) else model.dtype
+            weights = {n: p.detach().cpu().to(kept_dtype) for n, p in model.transition.state_dict().items()}
+            safetensors.save_file(weights, folder / TRANSITION)
 
     write_folder(out, fill)
 

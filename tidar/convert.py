@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
-from transformers import AddedToken, PreTrainedModel
+from transformers import AddedToken
 
 from tidar.checkpoint import load_model, save_model
 from tidar.errors import TidarError
@@ -38,14 +37,14 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
     if model.spec is not None:
         raise TidarError(f"{source} is converted already: train it with `tidar train`, or use it as it is")
     tokenizer, hf = model.tokenizer, model.hf
-    used, rows = len(tokenizer), _table(hf).shape[0]
+    used, rows = len(tokenizer), model.embedding.shape[0]
     own = tokenizer.mask_token_id is not None
     if not own:
         tokenizer.add_special_tokens({"mask_token": AddedToken(MASK_TOKEN, special=True)})
     if len(tokenizer) > rows:
         hf.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
-        table = _table(hf)
+        table = model.embedding
         mean = table[: min(used, rows)].float().mean(0).to(table.dtype)
         table[rows:] = mean
         if not own:
@@ -55,9 +54,3 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
     hf.generation_config.suppress_tokens = sorted({*fresh.suppressed, fresh.spec.mask_token_id})
     save_model(fresh, out)
     return load_model(out, dtype="auto")
-
-
-def _table(hf: PreTrainedModel) -> Tensor:
-    weight = hf.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight

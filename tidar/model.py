@@ -1,17 +1,18 @@
 """A Hugging Face causal language model that a layout can be given to.
 
-`CausalLM` has two parts that everything else is built from: `hidden` (tokens and a layout to hidden states) and `head`
-(hidden states to fp32 logits). Training, decoding and the probe all go through them; modelling code is untouched.
+`CausalLM` has the parts that everything else is built from: `hidden` (tokens and a layout to hidden states), `head`
+(hidden states to fp32 logits) and, between them for masks alone, `drafted`. Training, decoding and the probe all go
+through them; modelling code is untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidar import layout, mask
@@ -19,6 +20,7 @@ from tidar.cache import SlotCache
 from tidar.errors import TidarError
 from tidar.families import logits_transform, position_limit
 from tidar.layout import Layout
+from tidar.transition import Transition
 
 __all__ = ["KEY", "CausalLM", "Spec"]
 
@@ -33,6 +35,8 @@ class Spec:
     """Embedding row of the mask token."""
     block_sizes: tuple[int, ...] = ()
     """Draft lengths the model was trained for; empty when converted only."""
+    transition: int = 0
+    """Width of its `Transition`; 0 when it has none."""
 
 
 class CausalLM:
@@ -42,6 +46,7 @@ class CausalLM:
         hf: the Hugging Face model, its attention replaced.
         tokenizer: its tokenizer.
         spec: what conversion recorded; None for a plain checkpoint, which decodes autoregressively only.
+        transition: how drafts lean on the token before them, if they do.
         path: where it came from.
         vocab_size: width of the logits.
         eos_ids: tokens that end a text.
@@ -68,6 +73,7 @@ class CausalLM:
             spare.add(self.spec.mask_token_id)
         self.suppressed = tuple(sorted(spare))
         self.windows: tuple[int | None, ...] = (None,)
+        self.transition: Transition | None = None
         self._transform = logits_transform(hf.config)
         self._backbone: Callable[..., Any] = hf.base_model
 
@@ -78,6 +84,13 @@ class CausalLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    @property
+    def embedding(self) -> Tensor:
+        """The embedding table (V, E)."""
+        weight = self.hf.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def mask_id(self) -> int:
@@ -139,6 +152,29 @@ class CausalLM:
                 hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
             )
         return self._transform(logits)
+
+    def drafted(self, hidden: Tensor, before: Tensor) -> Tensor:
+        """What the head reads of masks: their hidden states (…, D), bent by the tokens ``before`` (…) theirs."""
+        if self.transition is None:
+            return hidden
+        # Detached: the embedding has a model to serve; the transition may only read it.
+        bent: Tensor = self.transition(hidden, torch.nn.functional.embedding(before, self.embedding.detach()))
+        return bent
+
+    def add_transition(self, width: int) -> Transition:
+        """A transition of ``width`` on the model's device, its weights not set; the spec notes it."""
+        assert self.spec is not None
+        self.spec = replace(self.spec, transition=width)
+        with torch.device("meta"):
+            made = Transition(self.hf.get_output_embeddings().weight.shape[1], self.embedding.shape[1], width)
+        self.transition = made.to(self.dtype).to_empty(device=self.device).eval()
+        return self.transition
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights, the transition's last."""
+        yield from self.hf.parameters()
+        if self.transition is not None:
+            yield from self.transition.parameters()
 
     def compile(self) -> None:
         """Compile the backbone; for training on a GPU, where one shape comes again and again."""

@@ -71,7 +71,8 @@ class TidarDecoder(Rows):
         hidden = self.open(prompts, params, self.draft_len)
         clean = self.model.head(hidden[:, :1])
         if self.beta < 1:
-            clean = trust(clean, self.model.head(hidden[:, 1:2]), self.beta)
+            last = torch.tensor([[prompt[-1]] for prompt in prompts], device=self.model.device)
+            clean = trust(clean, self.model.head(self.model.drafted(hidden[:, 1:2], last)), self.beta)
         seen = None if self.seen is None else self.seen[:, None]
         first = self.draw(clean, self.lengths[:, None], seen)
         certain: list[list[int]] = first.tolist()
@@ -106,8 +107,8 @@ class TidarDecoder(Rows):
         k = self.draft_len
         logits = self.model.head(hidden[:, :k])
         if self.beta < 1 and self.proposals:
-            first = self.model.head(hidden[:, k::k])
             drafted = self._level - 1
+            first = self.model.head(self.model.drafted(hidden[:, k::k], self._drafts[:, drafted]))
             logits[:, drafted] = trust(logits[:, drafted], first, self.beta)
         positions = self.lengths[:, None] + torch.arange(1, k + 1, device=logits.device)
         seen = None if self.seen is None else seen_after(self.seen, self._drafts)
@@ -138,14 +139,28 @@ class TidarDecoder(Rows):
         if self.draft_len == 1:
             return first
         positions = self.lengths[:, None] + torch.arange(1, self.draft_len, device=first.device)
+        # A transition wants the draft before, so its drafts are chosen one after another; else all at once.
+        width = self.draft_len - 1 if self.model.transition is None else 1
+        drafts, q = [first], []
+        for part in (slice(at, at + width) for at in range(0, self.draft_len - 1, width)):
+            states = (
+                hidden[:, part] if self.model.transition is None else self.model.drafted(hidden[:, part], drafts[-1])
+            )
+            chosen, probs = self._choose(states, made[:, part], positions[:, part])
+            drafts.append(chosen)
+            q.append(probs)
+        if self.acceptance == "ratio":
+            self._q = torch.cat(q, 1)
+        return torch.cat(drafts, 1)
+
+    def _choose(self, states: Tensor, made: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Drafts (B, R) from states (B, R, D), and for "ratio" the probabilities (B, R, V) they were drawn from."""
         seen = None if self.seen is None else self.seen[:, None]
-        scores = self.scores(self.model.head(hidden), seen)
+        scores = self.scores(self.model.head(states), seen)
         # A draft nobody made is token 0 with certainty: any draft is exact, and "ratio" must know its q.
         absent = torch.full_like(scores[:1, :1], -torch.inf)
         absent[..., 0] = 0
         scores = torch.where(made[..., None], scores, absent)
         if self.acceptance == "ratio":
-            drafts, self._q = draft_ratio(scores, self.params, positions)
-        else:
-            drafts = sample(scores, self.params, positions)
-        return torch.cat([first, drafts], 1)
+            return draft_ratio(scores, self.params, positions)
+        return sample(scores, self.params, positions), scores

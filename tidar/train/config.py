@@ -56,6 +56,10 @@ class TrainConfig:
     """Share of the blocks in which the model's own text is sampled; in the others it is greedy."""
     rollout_temperature: float = 1.0
     """Temperature of that sampling."""
+    transition: int = 0
+    """Width of a transition (`tidar.transition`) for a model that has none; 0 leaves the model as it is."""
+    offset_decay: float = 1.0
+    """A draft at offset j of its block weighs offset_decay^j: what stands behind a wrong draft is of no use."""
     masking: Literal["full", "random"] = "full"
     """`full`: every draft position is a mask. `random`: the usual diffusion noise, for the paper's ablation."""
 
@@ -126,6 +130,10 @@ class TrainConfig:
             raise TidarError(
                 f"rollout_temperature must be above 0, not {self.rollout_temperature}; rollout_sampled 0 is greedy"
             )
+        if not 0 < self.offset_decay <= 1:
+            raise TidarError(f"offset_decay must lie in (0, 1], not {self.offset_decay}")
+        if self.transition < 0 or (self.transition and self.objective == "ar"):
+            raise TidarError(f"transition must be a width of at least 0, and 0 for objective ar, not {self.transition}")
         if self.draft_text == "model" and self.masking == "random":
             raise TidarError("draft_text model needs masking full: random masking shows parts of the corpus text")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tidar import layout
 from tidar.data.packing import PackedBatch
@@ -14,7 +15,7 @@ from tidar.layout import Layout
 from tidar.train.config import TrainConfig
 from tidar.train.loss import Targets
 
-__all__ = ["Blocks", "Inputs", "draw_blocks", "make_inputs", "moved"]
+__all__ = ["Blocks", "Inputs", "draw_blocks", "make_inputs", "moved", "preceding"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Inputs:
     layout: Layout
     targets: Targets
 
+    @property
+    def offset(self) -> Tensor:
+        """(B, S) int64, place of each mask in its block."""
+        size = self.layout.clean
+        return self.layout.slots[:, size:] - self.layout.block[:, size:, 0]
+
 
 def draw_blocks(config: TrainConfig, step: int) -> Blocks:
     """Block length and phase of an optimizer step; seed and step alone decide, so a resumed run draws the same."""
@@ -42,7 +49,13 @@ def draw_blocks(config: TrainConfig, step: int) -> Blocks:
 
 
 def make_inputs(
-    batch: PackedBatch, blocks: Blocks | None, *, mask_id: int, device: torch.device, noise: int | None = None
+    batch: PackedBatch,
+    blocks: Blocks | None,
+    *,
+    mask_id: int,
+    device: torch.device,
+    noise: int | None = None,
+    decay: float = 1.0,
 ) -> Inputs:
     """Lay out one micro-batch.
 
@@ -54,6 +67,7 @@ def make_inputs(
         noise: seed of random masking (the paper's ablation): each block has its own t ~ U(0, 1], each of its
             positions is a mask with probability t and counts 1/t, the others hold their clean token and count 0.
             None masks everything (the paper's method).
+        decay: weight of a mask's loss is decay^(its offset in the block), scaled to a mean of 1 over a whole block.
     """
     tokens, starts, ends = (moved(part, device) for part in batch)
     rows, size = tokens.shape
@@ -71,7 +85,20 @@ def make_inputs(
         masked = torch.rand(rows, size, device=device, generator=generator) < share
         ids = torch.cat([tokens, torch.where(masked, mask_id, tokens)], 1)
         weight = masked / share
-    return Inputs(ids, plan, Targets(labels=tokens, has_ar=has_ar, draft=weight))
+    inputs = Inputs(ids, plan, Targets(labels=tokens, has_ar=has_ar, draft=weight))
+    if decay < 1:
+        mean = sum(decay**offset for offset in range(blocks.k)) / blocks.k
+        weight = weight * decay**inputs.offset / mean
+    # A document's first token has none before it; the mask token stands for that.
+    unknown = torch.full_like(tokens, mask_id)
+    before = torch.where(has_ar.bool(), pad(tokens[:, :-1], (1, 0)), unknown)
+    return replace(inputs, targets=replace(inputs.targets, draft=weight, before=before))
+
+
+def preceding(inputs: Inputs, drafted: Tensor) -> Tensor:
+    """(B, S), the token before each mask's when ``drafted`` (B, S) stands in its block and the text before that."""
+    assert inputs.targets.before is not None
+    return torch.where(inputs.offset == 0, inputs.targets.before, pad(drafted[:, :-1], (1, 0)))
 
 
 def moved(part: Tensor, device: torch.device) -> Tensor:

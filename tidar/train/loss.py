@@ -26,6 +26,7 @@ __all__ = ["Counts", "Targets", "count", "pairs", "train_loss"]
 CHUNK_ELEMENTS = 2**28  # logits of one chunk: 1 GiB in fp32
 
 Head = Callable[[Tensor], Tensor]
+Bend = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +39,7 @@ class Targets:
         draft: (B, S) float, weight of the mask row's loss, or None for AR training.
         drafted: (B, S) int64, labels of the mask rows; None: ``labels``.
         teacher: (B, S, D) detached, hidden states whose distributions the mask rows learn; None: the AR rows.
+        before: (B, S) int64, the token before each mask's, which a transition reads.
     """
 
     labels: Tensor
@@ -45,6 +47,7 @@ class Targets:
     draft: Tensor | None
     drafted: Tensor | None = None
     teacher: Tensor | None = None
+    before: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,17 +77,21 @@ def pairs(hidden: Tensor, halves: int) -> Tensor:
 
 def chunk_loss(
     head: Head,
+    bend: Bend | None,
     pair_PnD: Tensor,
     labels_n: Tensor,
     has_ar_n: Tensor,
     draft_n: Tensor | None,
     drafted_n: Tensor,
     teacher_nD: Tensor | None,
+    before_n: Tensor | None,
     ar_scale: Tensor,
     draft_scale: Tensor,
     kl_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL."""
+    if bend is not None and before_n is not None:
+        pair_PnD = torch.stack([pair_PnD[0], bend(pair_PnD[1], before_n)])
     # nll_loss, not gather: compiled, its backward is fused with the softmax's.
     logp = [logits.log_softmax(-1) for logits in head(pair_PnD).unbind()]
     nll = [nll_loss(half, wanted, reduction="none") for half, wanted in zip(logp, (labels_n, drafted_n), strict=False)]
@@ -113,6 +120,7 @@ def train_loss(
     *,
     alpha: float = 1.0,
     kl_weight: float = 0.0,
+    bend: Bend | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss,
     chunk_elements: int = CHUNK_ELEMENTS,
@@ -126,6 +134,7 @@ def train_loss(
         targets: labels and weights; without ``draft`` the loss is the AR half alone.
         counts: labels of the whole optimizer step (all micro-batches, all ranks).
         alpha: weight of the AR half.
+        bend: mask states (n, D) and the tokens (n,) before them to what the head reads; None: the states themselves.
         kl_weight: share of KL in the draft's loss; a document's first token has no teacher and stays cross-entropy.
         autocast: makes the context in which the head runs; none by default.
         chunk: `chunk_loss`, or its compiled form.
@@ -144,6 +153,7 @@ def train_loss(
     draft = None if targets.draft is None else targets.draft.reshape(-1)
     drafted = labels if targets.drafted is None else targets.drafted.reshape(-1)
     teacher = None if targets.teacher is None or not kl_weight else targets.teacher.flatten(0, 1)
+    before = None if targets.before is None or bend is None else targets.before.reshape(-1)
     tokens = labels.shape[0]
     pieces = max(1, -(-tokens * (halves + (teacher is not None)) * vocab // chunk_elements))
     size = -(-tokens // pieces)
@@ -154,9 +164,10 @@ def train_loss(
         piece = leaf[:, part].requires_grad_()
         weights = None if draft is None else draft[part]
         taught = None if teacher is None else teacher[part]
-        rows = (labels[part], has_ar[part], weights, drafted[part], taught)
+        leads = None if before is None else before[part]
+        rows = (labels[part], has_ar[part], weights, drafted[part], taught, leads)
         with autocast():
-            loss, sum_part = chunk(head, piece, *rows, ar_scale, draft_scale, kl_weight)
+            loss, sum_part = chunk(head, bend, piece, *rows, ar_scale, draft_scale, kl_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         assert piece.grad is not None
         grad[:, part] = piece.grad

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from tidar.model import CausalLM
 from tidar.train.config import TrainConfig
 
 __all__ = ["Optimizer", "learning_rate", "make_optimizer"]
@@ -57,10 +57,10 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def make_optimizer(config: TrainConfig, model: PreTrainedModel) -> Optimizer:
+def make_optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
     """The optimizer of ``config`` over all weights; only matrices that are neither embedding nor head decay."""
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m in ends}
+    ends = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
+    tables = {id(m.weight) for m in model.hf.modules() if isinstance(m, nn.Embedding) or m in ends}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for weight in model.parameters():

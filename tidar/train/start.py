@@ -61,6 +61,13 @@ def model(config: TrainConfig, source: Path | None) -> CausalLM:
         _ = found.mask_id  # says what to do when there is none
         assert found.spec is not None
         found.spec = replace(found.spec, block_sizes=tuple(sorted(set(config.block_sizes))))
+        if config.transition and found.transition is None:
+            found.add_transition(config.transition).initialise(config.seed)
+        elif config.transition not in (0, found.spec.transition):
+            raise TidarError(
+                f"{found.path} has a transition of width {found.spec.transition}, not {config.transition}: leave "
+                "transition at 0 to keep it"
+            )
     return found
 
 

@@ -13,7 +13,7 @@ from tidar.data.packing import PackedBatch
 from tidar.mask import Kind
 from tidar.model import CausalLM
 from tidar.train.config import TrainConfig
-from tidar.train.inputs import draw_blocks, make_inputs
+from tidar.train.inputs import draw_blocks, make_inputs, preceding
 from tidar.train.loss import chunk_loss, count, train_loss
 from tidar.train.optimizer import make_optimizer
 from tidar.train.rollout import Sampling, roll_out
@@ -35,8 +35,10 @@ class Stepper:
         self.mask_id = model.mask_id if config.objective == "tidar" else 0
         # FlexAttention has no backward on a CPU, which gets dense masks.
         self.masks: Kind = "block" if model.device.type == "cuda" else "dense"
-        self.optimizer = make_optimizer(config, model.hf)
-        self.parameters = list(model.hf.parameters())
+        drafts = config.objective == "tidar" and model.transition is not None
+        self.bend = model.drafted if drafts else None
+        self.optimizer = make_optimizer(config, model)
+        self.parameters = list(model.parameters())
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
         model.hf.eval()  # dropout stays off: nothing here is trained long enough to need it, and exactness forbids it
         if model.device.type == "cuda":
@@ -63,7 +65,11 @@ class Stepper:
         inputs = []
         for index, batch in enumerate(batches):
             noise = _key(config.seed, "noise", step, index) if config.masking == "random" else None
-            inputs.append(make_inputs(batch, blocks, mask_id=self.mask_id, device=model.device, noise=noise))
+            inputs.append(
+                make_inputs(
+                    batch, blocks, mask_id=self.mask_id, device=model.device, noise=noise, decay=config.offset_decay
+                )
+            )
         counts = count([micro.targets for micro in inputs])
         losses = torch.zeros(4, device=model.device)
         for index, (batch, micro) in enumerate(zip(batches, inputs, strict=True)):
@@ -72,7 +78,8 @@ class Stepper:
                 key = _key(config.seed, "rollout", step, index)
                 sampling = Sampling(config.rollout_sampled, config.rollout_temperature, key)
                 own = roll_out(model, batch, blocks, kind=self.masks, autocast=self.autocast, sampling=sampling)
-                targets = replace(targets, drafted=own.tokens, teacher=own.hidden)
+                before = preceding(micro, own.tokens)
+                targets = replace(targets, drafted=own.tokens, teacher=own.hidden, before=before)
             with self.autocast():
                 hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
             losses += train_loss(
@@ -80,6 +87,7 @@ class Stepper:
                 hidden,
                 targets,
                 counts,
+                bend=self.bend,
                 vocab=model.vocab_size,
                 alpha=config.alpha,
                 kl_weight=config.kl_weight,

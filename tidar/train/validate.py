@@ -1,8 +1,9 @@
 """Held-out numbers while training: bits per byte of the AR half, and how often drafts are what AR would say.
 
 Drafts are judged twice: against what AR says after each token of the held-out text, and against how AR itself goes on
-from the start of each block, which is what greedy decoding meets. Exact tokens per forward come from decoding, which
-whoever starts the run may hang in (`train`'s ``on_valid``).
+from the start of each block, which is what greedy decoding meets. A transition is given what AR has before each draft,
+as a decoder that accepted all drafts so far would. Exact tokens per forward come from decoding, which whoever starts
+the run may hang in (`train`'s ``on_valid``).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from tidar.data.packing import PackedBatch, PackedData
 from tidar.model import CausalLM
 from tidar.train.config import TrainConfig
-from tidar.train.inputs import Blocks, Inputs, make_inputs
+from tidar.train.inputs import Blocks, Inputs, make_inputs, preceding
 from tidar.train.loss import CHUNK_ELEMENTS, pairs
 from tidar.train.rollout import roll_out
 
@@ -55,13 +57,16 @@ class Validation:
             sums = _Sums(k or 1)
             for batch in self.batches:
                 inputs = make_inputs(batch, blocks, mask_id=stepper.mask_id, device=stepper.model.device)
-                losses, best = _rows(stepper, inputs)
-                sums.add(inputs, losses)
+                rows = _hidden(stepper, inputs)
+                ar, ar_best = _judged(stepper, rows[0], inputs)
+                sums.add_ar(inputs, ar)
                 if blocks is not None:
-                    has_ar = inputs.targets.has_ar.bool()
-                    sums.on_text.add(inputs, best[1] == best[0], has_ar)
+                    losses, best = _judged(stepper, rows[1], inputs, inputs.targets.before)
+                    sums.add_draft(losses)
+                    sums.on_text.add(inputs, best == ar_best, inputs.targets.has_ar.bool())
                     own = roll_out(stepper.model, batch, blocks, kind=stepper.masks, autocast=stepper.autocast)
-                    sums.on_own.add(inputs, best[1] == own.tokens, own.own)
+                    _, best = _judged(stepper, rows[1], inputs, preceding(inputs, own.tokens))
+                    sums.on_own.add(inputs, best == own.tokens, own.own)
             record.setdefault("bits_per_byte", sums.ar / math.log(2) / self.bytes)
             if k is not None:
                 record |= {f"draft_{k}": sums.draft}
@@ -70,25 +75,28 @@ class Validation:
         return record
 
 
-def _rows(stepper: Stepper, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Cross-entropies (P, B, S) and likeliest tokens (P, B, S) of each half."""
-    model, targets = stepper.model, inputs.targets
-    halves = 1 if targets.draft is None else 2
+def _hidden(stepper: Stepper, inputs: Inputs) -> Tensor:
+    """(P, N, D), what predicts each token of the text in each half."""
     # With gradients on, though none is taken: the compiled forward of training serves again.
     with stepper.autocast():
-        hidden = model.hidden(inputs.tokens, inputs.layout, kind=stepper.masks)
-    labels = targets.labels.reshape(-1)
-    size = max(1, CHUNK_ELEMENTS // (halves * model.vocab_size))
+        hidden = stepper.model.hidden(inputs.tokens, inputs.layout, kind=stepper.masks)
+    return pairs(hidden.detach(), 1 if inputs.targets.draft is None else 2)
+
+
+def _judged(stepper: Stepper, rows: Tensor, inputs: Inputs, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropies with the text (B, S) and likeliest tokens (B, S) of one half's ``rows`` (N, D); drafts are given
+    the tokens (B, S) ``before`` them."""
+    model, labels = stepper.model, inputs.targets.labels
+    size = max(1, CHUNK_ELEMENTS // model.vocab_size)
     losses, best = [], []
     with torch.no_grad(), stepper.autocast():
-        pair = pairs(hidden.detach(), halves)
         for first in range(0, labels.numel(), size):
-            logits = model.head(pair[:, first : first + size])
-            wanted = labels[first : first + size].expand(halves, -1)[..., None]
-            losses.append(-logits.log_softmax(-1).gather(-1, wanted).squeeze(-1))
+            part = slice(first, first + size)
+            states = rows[part] if before is None else model.drafted(rows[part], before.reshape(-1)[part])
+            logits = model.head(states)
+            losses.append(nll_loss(logits.log_softmax(-1), labels.reshape(-1)[part], reduction="none"))
             best.append(logits.argmax(-1))
-    shape = (halves, *targets.labels.shape)
-    return torch.cat(losses, 1).view(shape), torch.cat(best, 1).view(shape)
+    return torch.cat(losses).view(labels.shape), torch.cat(best).view(labels.shape)
 
 
 class _Sums:
@@ -99,12 +107,12 @@ class _Sums:
         self._draft = [0.0, 0]
         self.on_text, self.on_own = _Agreement(k), _Agreement(k)
 
-    def add(self, inputs: Inputs, losses: Tensor) -> None:
-        has_ar = inputs.targets.has_ar.bool()
-        self.ar += float(losses[0][has_ar].double().sum())
-        if inputs.targets.draft is not None:
-            self._draft[0] += float(losses[1].double().sum())
-            self._draft[1] += losses[1].numel()
+    def add_ar(self, inputs: Inputs, losses: Tensor) -> None:
+        self.ar += float(losses[inputs.targets.has_ar.bool()].double().sum())
+
+    def add_draft(self, losses: Tensor) -> None:
+        self._draft[0] += float(losses.double().sum())
+        self._draft[1] += losses.numel()
 
     @property
     def draft(self) -> float:
