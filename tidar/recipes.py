@@ -98,7 +98,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "transition": 256,
             "offset_decay": 0.87,
             "kl_weight": 0.75,
-            "tokens": 250_000_000,
+            "tokens": 220_000_000,
             "micro_batch": 64,
             "lr": 2e-3,
         },
