@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tidar.provenance import provenance, record
@@ -17,3 +18,8 @@ def test_a_result_is_appended_with_where_it_comes_from(tmp_path: Path) -> None:
     assert [line["speed"] for line in lines] == [1.5, 2.5]
     assert lines[0]["provenance"]["torch"] == torch.__version__
     assert {"revision", "transformers", "gpu", "command", "date", "python"} <= provenance().keys()
+
+
+def test_a_revision_that_is_given_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDAR_REVISION", "abc123")
+    assert provenance()["revision"] == "abc123"

@@ -19,7 +19,8 @@ __all__ = ["provenance", "record"]
 def provenance() -> dict[str, Any]:
     """Revision, versions, device, command, date.
 
-    The revision ends in ``+changes`` if files differ; outside a git repository it is that of TIDAR_REVISION.
+    The revision is that of TIDAR_REVISION, for a copy of the tree on a machine whose repository, if any, is older;
+    else that of the git repository, and ends in ``+changes`` if files differ.
     """
     import torch
 
@@ -54,6 +55,9 @@ def _version(name: str) -> str | None:
 
 
 def _revision() -> str | None:
+    if given := os.environ.get("TIDAR_REVISION"):
+        return given
+
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -62,4 +66,4 @@ def _revision() -> str | None:
         revision = git("rev-parse", "HEAD")
         return revision + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("TIDAR_REVISION")  # a copy of the tree, on a machine without the repository
+        return None
