@@ -1,4 +1,4 @@
-"""Run the demo and keep what it showed as the picture of the README.
+"""Run the demo; keep what it showed as the picture of the README, and its numbers in results/demo.jsonl.
 
 python runs/draw_demo.py [--model FOLDER] [--out docs/figures/demo.svg]
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tidar
 from tidar import demo
+from tidar.provenance import record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +28,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "demo.svg")
     args = parser.parse_args()
     console = Console(record=True, width=100, highlight=False, force_terminal=True)
-    demo.run(tidar.load(args.model, device="cpu"), shown=1, console=console)
+    numbers = demo.run(tidar.load(args.model, device="cpu"), shown=1, console=console)
+    record(ROOT / "results" / "demo.jsonl", numbers)
     svg = console.export_svg(title="make demo", unique_id="demo").replace(f"{ROOT}/", "")
     # The default style loads its font from elsewhere; any monospace font will do.
     args.out.write_text(re.sub(r"@font-face \{.*?\}\n?", "", svg, flags=re.DOTALL))

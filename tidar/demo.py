@@ -109,7 +109,9 @@ class Timing:
         return sum(len(a.token_ids) for a in self.answers) / sum(a.forwards for a in self.answers)
 
 
-def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), console: Console | None = None) -> None:
+def run(
+    model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), console: Console | None = None
+) -> dict[str, Any]:
     """Show, measure and compare; print the numbers as a table or as one JSON object.
 
     Args:
@@ -117,6 +119,9 @@ def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), conso
         as_json: print nothing but the numbers.
         shown: how many of the prompts to stream; all are measured.
         console: where to print.
+
+    Returns:
+        What ``tidar demo --json`` prints.
     """
     console = console or Console(quiet=as_json, highlight=False)
     name = Path(model.core.path).name
@@ -140,7 +145,7 @@ def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), conso
     }
     if as_json:
         print(json.dumps(numbers))
-        return
+        return numbers
     table = Table(title=f"{len(PROMPTS)} prompts, greedy, batch 1, median of {REPEATS} runs")
     for heading in ("", "tokens per forward", "tokens/s"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -149,6 +154,7 @@ def run(model: Model, *, as_json: bool = False, shown: int = len(PROMPTS), conso
     console.print(table)
     console.print(f"same tokens: [bold]{'yes' if all(same) else 'no'}[/] ({sum(same)} of {len(same)} prompts)")
     console.print(f"speed-up:    [bold]{numbers['speedup']:.2f}x[/]")
+    return numbers
 
 
 def candidates(longest: int) -> Iterator[Drafting]:
