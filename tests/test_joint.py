@@ -114,6 +114,19 @@ def test_joint(model: CausalLM, params: SamplingParams, k: int, acceptance: str)
     assert p_value(counts, enumerate_joint(model, params)) > ALPHA
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("acceptance", ["gumbel", "ratio"])
+def test_joint_with_a_transition(model: CausalLM, acceptance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draft's q then hangs on the draft before it."""
+    monkeypatch.setattr(model, "spec", model.spec)
+    monkeypatch.setattr(model, "transition", None)
+    model.add_transition(8).initialise(1)
+    assert model.transition is not None
+    torch.nn.init.normal_(model.transition.out.weight, std=2.0, generator=torch.Generator().manual_seed(2))
+    counts = draw(None, model, ALL, draft_len=3, acceptance=acceptance)
+    assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
+
+
 @pytest.mark.parametrize("proposals", [(3,), pytest.param((1,), marks=pytest.mark.slow)])
 def test_joint_with_pruned_proposals(model: CausalLM, proposals: tuple[int, ...]) -> None:
     counts = draw(None, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")

@@ -44,7 +44,7 @@ def base(converted: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def whole(root: Path, base: Path) -> TrainConfig:
     """A run that nothing interrupted."""
-    done = config(root, base, out=str(root / "whole"))
+    done = config(root, base, out=str(root / "whole"), transition=8, offset_decay=0.9)
     result = train(done)
     assert (result.step, result.tokens) == (12, 12 * 96)
     return done

@@ -80,7 +80,7 @@ def config(root: Path, model: Path, **changes: Any) -> TrainConfig:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+    return {name: w for file in sorted(folder.glob("*.safetensors")) for name, w in load_file(file).items()}
 
 
 def same_weights(one: Path, two: Path) -> bool:
