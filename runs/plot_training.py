@@ -1,10 +1,10 @@
 """Draw the training curves: quality, tokens per forward, and one against the other.
 
-    python runs/plot_training.py [--base FILE] [--tidar FILE] [--control FILE] [--out docs/figures/curves.svg]
+    python runs/plot_training.py [--base FILE] [--tidar FILE ...] [--control FILE] [--out docs/figures/curves.svg]
 
-The files are metrics.jsonl of three runs: the autoregressive base, TiDAR from it, and the control that went on
-autoregressively. Tokens are clean tokens after the base, which is drawn up to 0. Tokens per forward are those that
-validation estimates on held-out text.
+The files are metrics.jsonl of the autoregressive base, of TiDAR's runs from it, each going on from the one before, and
+of the control that went on autoregressively. Tokens are clean tokens after the base, which is drawn up to 0. Tokens per
+forward are those that validation estimates on held-out text.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ def validations(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def one_after_another(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The validations of runs that went on from each other, their tokens counted from the first."""
+    joined: list[dict[str, Any]] = []
+    for path in paths:
+        before = joined[-1]["tokens"] if joined else 0
+        joined += [{**line, "tokens": line["tokens"] + before} for line in validations(path)]
+    return joined
+
+
 def draw(base: list[dict[str, Any]], tidar: list[dict[str, Any]], control: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot
 
@@ -80,14 +89,17 @@ def draw(base: list[dict[str, Any]], tidar: list[dict[str, Any]], control: list[
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("base", "tidar", "control"):
-        parser.add_argument(f"--{name}", type=Path, default=ROOT / "results" / f"metrics_{name}.jsonl")
+    results = ROOT / "results"
+    for name in ("base", "control"):
+        parser.add_argument(f"--{name}", type=Path, default=results / f"metrics_{name}.jsonl")
+    runs = [results / f"metrics_{name}.jsonl" for name in ("tidar", "rollout")]
+    parser.add_argument("--tidar", type=Path, nargs="+", default=runs)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "curves.svg")
     args = parser.parse_args(argv)
     # The same bytes every time, and text as text.
     matplotlib.use("agg")
     matplotlib.rcParams.update({"svg.hashsalt": "tidar", "svg.fonttype": "none", "font.family": "sans-serif"})
-    draw(validations(args.base), validations(args.tidar), validations(args.control), args.out)
+    draw(validations(args.base), one_after_another(args.tidar), validations(args.control), args.out)
     print(f"{args.out}, {args.out.stat().st_size / 1000:.0f} kB")
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The reference checkpoint, from this machine's Python packages to a trained TiDAR and its AR control, on one GPU.
 #
-#     runs/train_reference.sh WORKDIR [STAGE ...]      stages: corpus base tidar control (all by default)
+#     runs/train_reference.sh WORKDIR [STAGE ...]      stages: corpus base tidar rollout control (all by default)
 #
 # WORKDIR receives corpus/ and run/NAME/{model,metrics.jsonl,checkpoints}. A stage that was cut off goes on where it
-# stopped when it is called again. TIDAR_TOKENS sets the clean tokens of tidar and control.
+# stopped when it is called again.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
 work=$1
@@ -18,15 +18,14 @@ train() {
     [ -e "run/$recipe/latest" ] && resume=(--resume)
     python3 "$repo/runs/train.py" "$recipe" "${resume[@]}" "$@"
 }
-tokens=()
-[ -n "${TIDAR_TOKENS:-}" ] && tokens=(--set "tokens=$TIDAR_TOKENS")
-for stage in "${@:-corpus base tidar control}"; do
+for stage in "${@:-corpus base tidar rollout control}"; do
     for one in $stage; do
         case $one in
             corpus) [ -e corpus/stats.json ] || python3 "$repo/runs/corpus.py" --out corpus ;;
             base) train python-17m-ar ;;
-            tidar) train python-17m "${tokens[@]}" ;;
-            control) train python-17m-control "${tokens[@]}" ;;
+            tidar) train python-17m ;;
+            rollout) train python-17m-rollout ;;
+            control) train python-17m-control ;;
             *) echo "unknown stage $one" >&2; exit 2 ;;
         esac
     done

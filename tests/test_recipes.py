@@ -9,7 +9,6 @@ import pytest
 from train_data import records
 
 import tidar
-from tidar.checkpoint import embedded_checkpoint
 from tidar.errors import TidarError
 from tidar.recipes import RECIPES, load_recipe
 from tidar.train.trainer import train
@@ -20,14 +19,14 @@ def test_every_recipe_is_valid(name: str) -> None:
     assert load_recipe(name).tokens > 0
 
 
-def test_the_control_differs_in_nothing_but_the_objective() -> None:
-    tidar, control = RECIPES["python-17m"], RECIPES["python-17m-control"]
-    differing = {k for k in {*tidar, *control} if tidar.get(k) != control.get(k)}
-    assert differing == {"out", "objective", "block_sizes", "kl_weight"}
-
-
-def test_the_rollout_goes_on_from_the_checkpoint_in_the_package() -> None:
-    assert load_recipe("python-17m-rollout").model == str(embedded_checkpoint())
+def test_the_control_sees_what_tidar_sees() -> None:
+    first, then, control = (load_recipe(f"python-17m{name}") for name in ("", "-rollout", "-control"))
+    assert control.tokens == first.tokens + then.tokens
+    assert then.model == f"{first.out}/model"
+    drafting = {"block_sizes", "kl_weight"}
+    named, plain = RECIPES["python-17m"], RECIPES["python-17m-control"]
+    differing = {k for k in {*named, *plain} if named.get(k) != plain.get(k)}
+    assert differing == {"out", "objective", "tokens", *drafting}
 
 
 def test_changes_reach_into_tables() -> None:
@@ -97,7 +96,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("nothing", {}, "use one of smoke, python-17m-ar, python-17m, python-17m-control"),
+        ("nothing", {}, "use one of smoke, python-17m-ar, python-17m, python-17m-rollout, python-17m-control"),
         ("missing.toml", {}, "cannot read missing.toml"),
         ("smoke", {"arch.depth": 3}, "unknown field 'depth'"),
         ("smoke", {"tokens.x": 3}, "tokens must be int"),

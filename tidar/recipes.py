@@ -68,7 +68,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "warmup": 0.1,
             "eval_tokens": 8192,
         },
-        # The reference checkpoint: an AR base, TiDAR from it, and the control that goes on as AR.
+        # The reference checkpoint: an AR base, TiDAR from it in two runs, and the control that goes on as AR.
         "python-17m-ar": {
             **_PYTHON,
             "out": "run/python-17m-ar",
@@ -85,12 +85,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
         },
-        "python-17m-control": {**_FROM_BASE, "out": "run/python-17m-control", "objective": "ar"},
-        # Goes on from the checkpoint in the package: drafts learn what the model itself would write.
+        # Goes on from it: drafts learn what the model itself would write, each knowing the one before.
         "python-17m-rollout": {
             **_FROM_BASE,
             "out": "run/python-17m-rollout",
-            "model": str(Path(__file__).parent / "assets" / "python-17m"),
+            "model": "run/python-17m/model",
             "block_sizes": (4, 8, 16, 16, 16),
             "draft_text": "model",
             "rollout_sampled": 0.5,
@@ -101,6 +100,13 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "tokens": 220_000_000,
             "micro_batch": 64,
             "lr": 2e-3,
+        },
+        # As many clean tokens as both.
+        "python-17m-control": {
+            **_FROM_BASE,
+            "out": "run/python-17m-control",
+            "objective": "ar",
+            "tokens": 600_000_000,
         },
     }
 )
