@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidar.api import Model
+from tidar.api import Method, Model
 from tidar.config import SamplingParams
 from tidar.errors import TidarError
 
@@ -37,6 +37,8 @@ def test_same_tokens(qwen3: Model, name: str) -> None:
     for k, batch in itertools.product((1, 2, 3, 4, 8, 16), (1, 4)):
         got = qwen3.generate(PROMPTS, params, draft_len=k, batch_size=batch)
         assert [c.token_ids for c in got] == alone, f"k = {k}, batch of {batch}"
+        got = qwen3.generate(PROMPTS, params, draft_len=k, batch_size=batch, method="linear")
+        assert [c.token_ids for c in got] == alone, f"linear, k = {k}, batch of {batch}"
     for proposals in ((), (1,), (4,), (2, 3), (1, 4)):
         got = qwen3.generate(PROMPTS, params, draft_len=4, proposals=proposals)
         assert [c.token_ids for c in got] == alone, f"proposals {proposals}"
@@ -46,7 +48,8 @@ def test_rows_keep_their_own_parameters(qwen3: Model) -> None:
     each = [with_length(p) for p in PARAMS.values()]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(each))]
     alone = [qwen3.generate([p], q, method="ar")[0].token_ids for p, q in zip(prompts, each, strict=True)]
-    for method in ("ar", "tidar"):
+    methods: tuple[Method, ...] = ("ar", "tidar", "linear")
+    for method in methods:
         got = qwen3.generate(prompts, each, method=method, draft_len=4)
         assert [c.token_ids for c in got] == alone
 

@@ -21,7 +21,8 @@ from tidar.api import Model
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.tidar import TidarDecoder
+from tidar.decode.linear import LinearDecoder
+from tidar.decode.tidar import Shape, TidarDecoder
 
 PROMPTS = [b"def add(a, b):\n    return", b"x", b"import os\n"]
 NEW = 24
@@ -54,7 +55,9 @@ def test_equals_transformers(family: str, converted: Callable[[str], Path]) -> N
     assert max(len(p) for p in prompts) + NEW > 2 * WINDOW
     assert [c.token_ids for c in model.generate(prompts, GREEDY, method="ar")] == expected
     for k in (1, 2, 3, 4, 8, 16):
-        assert [c.token_ids for c in model.generate(prompts, GREEDY, draft_len=k)] == expected, f"k = {k}"
+        for method in ("tidar", "linear"):
+            found = model.generate(prompts, GREEDY, draft_len=k, method=method)
+            assert [c.token_ids for c in found] == expected, f"{method}, k = {k}"
 
 
 class Injected(TidarDecoder):
@@ -74,8 +77,8 @@ class Injected(TidarDecoder):
         super().select(rows)
         self.truth = [self.truth[r] for r in rows]
 
-    def _verify(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        accepted, follow = super()._verify(hidden)
+    def _verify(self, hidden: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden, shape)
         for n in accepted.tolist():
             used = max((j for j in self.proposals if j <= n), default=0)
             self.accepted.append((n, used))
@@ -87,7 +90,7 @@ class Injected(TidarDecoder):
         k = self.draft_len
         if self.cache.lengths and k > 1 and self.accepted:
             self._check_proposals(hidden, made)
-        drafts = torch.empty_like(own)
+        drafts = own.new_empty(len(own), k)
         for row, length in enumerate(self.cache.lengths):
             ahead = (self.truth[row] + [0] * k)[length : length + k]
             assert ahead[0] == int(first[row]), "the certain token is not the autoregressive one"
@@ -157,6 +160,51 @@ def test_injected_subsets(qwen3: Model, proposals: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("proposals", [(1,), (16,), (4, 8, 12, 16), (2, 3, 5, 7, 11, 13), tuple(range(9, 17))])
 def test_injected_subsets_of_16(qwen3: Model, proposals: tuple[int, ...]) -> None:
     run_injected(qwen3, [list(p) for p in PROMPTS], 200, 16, proposals)
+
+
+class InjectedLinear(LinearDecoder):
+    """What it drafts is the truth, corrupted at a place that cycles."""
+
+    def __init__(self, *args: object, truth: Sequence[Sequence[int]], **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.truth, self.clock = [list(t) for t in truth], 0
+        self.shapes: list[Shape] = []
+        self.accepted: set[int] = set()
+
+    def select(self, rows: list[int]) -> None:
+        super().select(rows)
+        self.truth = [self.truth[r] for r in rows]
+
+    def _verify(self, hidden: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden, shape)
+        self.shapes.append(shape)
+        if not shape.proposals:
+            self.accepted.update(accepted.tolist())
+        return accepted, follow
+
+    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        drafts = super()._next_drafts(first, hidden, made)
+        for row, length in enumerate(self.cache.lengths):
+            wrong = 1 + (self.clock + row) % self.draft_len  # as long as the drafts: nothing is wrong
+            for place in range(1, drafts.shape[1]):
+                token = self.truth[row][length + place]
+                drafts[row, place] = token if place < wrong else (token + 1) % 200
+        self.clock += drafts.shape[1] > 1
+        return drafts
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8, 16])
+def test_injected_linear(qwen3: Model, k: int) -> None:
+    prompts, new = sorted((list(p) for p in PROMPTS), key=len), 12 * k
+    ahead = qwen3.generate(prompts, SamplingParams(max_new_tokens=new + 2 * k, ignore_eos=True), method="ar")
+    truth = [[*p, *c.token_ids] for p, c in zip(prompts, ahead, strict=True)]
+    decoder = InjectedLinear(qwen3.core, draft_len=k, truth=truth)
+    params = [SamplingParams(max_new_tokens=new, ignore_eos=True)] * len(prompts)
+    answers = generation.generate(qwen3.core, prompts, params, lambda: decoder, batch_size=len(prompts))
+    assert [a.token_ids for a in answers] == [c.token_ids[:new] for c in ahead]
+    assert decoder.accepted == set(range(1, k + 1))
+    # In turn: the prefill has drafted, so a check comes first.
+    assert decoder.shapes[:4] == [Shape(k, (), k), Shape(1, (1,), k)] * 2
 
 
 def test_cache_holds_what_a_fresh_prefill_would(qwen3: Model) -> None:

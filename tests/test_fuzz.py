@@ -24,7 +24,7 @@ from tidar.data.config import DataConfig
 from tidar.data.sources import documents
 from tidar.decode import generation
 from tidar.decode.generation import Completion
-from tidar.decode.tidar import TidarDecoder
+from tidar.decode.tidar import Shape, TidarDecoder
 from tidar.errors import TidarError
 
 pytestmark = pytest.mark.slow
@@ -53,13 +53,14 @@ class Guided(TidarDecoder):
         super().select(rows)
         self.ahead = [self.ahead[r] for r in rows]
 
-    def _verify(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        accepted, follow = super()._verify(hidden)
+    def _verify(self, hidden: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden, shape)
         self.counts.update(accepted.tolist())
         return accepted, follow
 
     def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
         drafts = super()._next_drafts(first, hidden, made)
+        drafts = torch.nn.functional.pad(drafts, (0, self.draft_len - drafts.shape[1]))  # without proposals too
         for row, length in enumerate(self.cache.lengths):
             for place in range(1, self.draft_len):
                 if self.random.random() >= self.own:

@@ -89,7 +89,7 @@ def test_stop_strings(qwen3: Model, method: str) -> None:
         assert full.token_ids[: len(got.token_ids)] == got.token_ids
 
 
-@pytest.mark.parametrize("method", ["ar", "tidar"])
+@pytest.mark.parametrize("method", ["ar", "tidar", "linear"])
 def test_stream_is_generate_in_pieces(qwen3: Model, method: str) -> None:
     prompts = [PROMPT, list(b"x"), list(b"import")]
     params = SamplingParams(max_new_tokens=30, temperature=0.9, seed=3)

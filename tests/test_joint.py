@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tidar.checkpoint import create_model
 from tidar.config import Architecture, SamplingParams
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
+from tidar.decode.linear import LinearDecoder
 from tidar.decode.tidar import TidarDecoder
 from tidar.model import CausalLM
 from tidar.sampling import RowParams, process
@@ -59,7 +61,7 @@ def enumerate_joint(model: CausalLM, params: SamplingParams) -> torch.Tensor:
 
 
 def draw(
-    decoder_of: type[ArDecoder] | None, model: CausalLM, params: SamplingParams, **options: object
+    decoder_of: Callable[..., Decoder], model: CausalLM, params: SamplingParams, **options: object
 ) -> torch.Tensor:
     """Counts (VOCAB ** TOKENS,) over SAMPLES texts, each with its own seed."""
     counts = torch.zeros(VOCAB**TOKENS)
@@ -68,7 +70,7 @@ def draw(
         each = [
             SamplingParams(**{**params.__dict__, "seed": seed}) for seed in range(first, min(first + ROWS, SAMPLES))
         ]
-        decoder: Decoder = ArDecoder(model) if decoder_of else TidarDecoder(model, **options)  # type: ignore[arg-type]
+        decoder: Decoder = decoder_of(model, **options)
         with torch.inference_mode():
             texts = decoder.prefill([PROMPT] * len(each), each)
             while min(map(len, texts)) < TOKENS:
@@ -110,8 +112,15 @@ def test_the_enumeration_is_what_ar_draws(model: CausalLM) -> None:
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("params", [PLAIN, ALL], ids=["plain", "all"])
 def test_joint(model: CausalLM, params: SamplingParams, k: int, acceptance: str) -> None:
-    counts = draw(None, model, params, draft_len=k, acceptance=acceptance)
+    counts = draw(TidarDecoder, model, params, draft_len=k, acceptance=acceptance)
     assert p_value(counts, enumerate_joint(model, params)) > ALPHA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("acceptance", ["gumbel", "ratio"])
+def test_joint_of_two_forwards(model: CausalLM, acceptance: str) -> None:
+    counts = draw(LinearDecoder, model, ALL, draft_len=3, acceptance=acceptance)
+    assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
 
 
 @pytest.mark.slow
@@ -123,17 +132,17 @@ def test_joint_with_a_transition(model: CausalLM, acceptance: str, monkeypatch: 
     model.add_transition(8).initialise(1)
     assert model.transition is not None
     torch.nn.init.normal_(model.transition.out.weight, std=2.0, generator=torch.Generator().manual_seed(2))
-    counts = draw(None, model, ALL, draft_len=3, acceptance=acceptance)
+    counts = draw(TidarDecoder, model, ALL, draft_len=3, acceptance=acceptance)
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
 
 
 @pytest.mark.parametrize("proposals", [(3,), pytest.param((1,), marks=pytest.mark.slow)])
 def test_joint_with_pruned_proposals(model: CausalLM, proposals: tuple[int, ...]) -> None:
-    counts = draw(None, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")
+    counts = draw(TidarDecoder, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
 
 
 def test_trusting_drafts_shows(model: CausalLM) -> None:
     """The test can fail: with beta = 0.5 the tokens are not the model's."""
-    counts = draw(None, model, PLAIN, draft_len=2, beta=0.5)
+    counts = draw(TidarDecoder, model, PLAIN, draft_len=2, beta=0.5)
     assert p_value(counts, enumerate_joint(model, PLAIN)) < ALPHA

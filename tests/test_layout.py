@@ -95,9 +95,12 @@ def test_training_leaks_nothing(lengths: list[int], k: int, phase: int) -> None:
 )
 def test_step_by_hand(lengths: list[int], k: int, data: st.DataObject) -> None:
     proposals = data.draw(st.sets(st.integers(1, k)).map(sorted))
-    plan = layout.step(lengths, k, proposals)
-    kinds = [("draft", i, 0) for i in range(1, k + 1)] + [("mask", j, o) for j in proposals for o in range(k)]
-    assert plan.queries == k * (1 + len(proposals))
+    masks = data.draw(st.none() | st.integers(1, 6))
+    plan = layout.step(lengths, k, proposals, masks)
+    width = k if masks is None else masks
+    kinds = [("draft", i, 0) for i in range(1, k + 1)] + [("mask", j, o) for j in proposals for o in range(width)]
+    assert plan.queries == k + width * len(proposals)
+    assert plan.rows.tolist() == [q for q, (kind, _, place) in enumerate(kinds) if kind == "draft" or place]
     dense = mask.dense(plan)
     for row, length in enumerate(lengths):
         for q, (kind, j, place) in enumerate(kinds):

@@ -81,6 +81,8 @@ def test_the_text_does_not_change(family: str, options: dict[str, float], conver
     params = [SamplingParams(max_new_tokens=16, seed=seed, **options) for seed in range(3)]  # type: ignore[arg-type]
     expected = [c.token_ids for c in model.generate(PROMPTS, params, method="ar")]
     for k in (1, 2, 3, 8):
+        two = model.generate(PROMPTS, params, draft_len=k, method="linear")
+        assert [c.token_ids for c in two] == expected, f"linear, k = {k}"
         for proposals in (None, [1], [k]):
             found = model.generate(PROMPTS, params, draft_len=k, proposals=proposals)
             assert [c.token_ids for c in found] == expected, f"k = {k}, proposals {proposals}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from tidar import checkpoint
 from tidar.config import SamplingParams
@@ -13,13 +13,14 @@ from tidar.decode import generation
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
+from tidar.decode.linear import LinearDecoder
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
 from tidar.model import CausalLM
 
 __all__ = ["Method", "Model", "load"]
 
-Method = Literal["ar", "tidar"]
+Method = Literal["ar", "tidar", "linear"]
 Prompt = str | Sequence[int]
 
 
@@ -56,7 +57,7 @@ class Model:
         Args:
             prompts: one prompt or several; text, or token ids.
             params: sampling parameters for all prompts or one for each; greedy by default.
-            method: ``tidar``, or ``ar`` for one token a forward.
+            method: ``tidar``; ``linear``, which drafts and verifies in two forwards; ``ar``, one token a forward.
             draft_len: drafts a step; by default the longest the model was trained for.
             proposals: numbers of accepted drafts to draft ahead for, among 1 … draft_len; all by default.
             acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
@@ -124,8 +125,10 @@ class Model:
     ) -> Callable[[], Decoder]:
         if method == "ar":
             return lambda: ArDecoder(self.core)
-        if method != "tidar":
-            raise TidarError(f"method '{method}' is unknown: use 'tidar' or 'ar'")
+        if method not in get_args(Method):
+            raise TidarError(f"method '{method}' is unknown: use one of {', '.join(get_args(Method))}")
+        if method == "linear" and (proposals is not None or beta < 1):
+            raise TidarError("method 'linear' has no proposals and no beta: leave them out, or use method 'tidar'")
         if beta < 1:
             warnings.warn(f"beta = {beta} is lossy: the tokens are not those of autoregressive decoding", stacklevel=3)
         _ = self.core.mask_id  # refuses a checkpoint that was not converted
@@ -138,6 +141,8 @@ class Model:
                 f"draft length {length} is beyond the {max(trained)} the model was trained for: drafts will be poor",
                 stacklevel=3,
             )
+        if method == "linear":
+            return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
         return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)
 
 

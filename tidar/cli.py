@@ -58,7 +58,7 @@ class Checkpoint:
 class Decoding:
     """How text is decoded. Nothing here but `acceptance` and `beta` changes the text."""
 
-    method: Literal["tidar", "ar"] = "tidar"
+    method: Literal["tidar", "linear", "ar"] = "tidar"
     """`ar` is one token a forward."""
     draft_len: Annotated[int | None, arg(metavar="K")] = None
     """Drafts a step; by default the longest the model was trained for."""

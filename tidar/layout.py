@@ -149,29 +149,36 @@ def check_proposals(k: int, proposals: Sequence[int]) -> tuple[int, ...]:
 
 
 def step(
-    lengths: Sequence[int], k: int, proposals: Sequence[int] | None = None, *, device: torch.device | str = "cpu"
+    lengths: Sequence[int],
+    k: int,
+    proposals: Sequence[int] | None = None,
+    masks: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Layout:
-    """``[d_1 … d_k | k masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3, ``k(k+1)`` queries).
+    """``[d_1 … d_k | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3: ``k(k+1)`` queries, M = k).
 
-    Proposal j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+k-1, see the prefix
+    Proposal j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+M-1, see the prefix
     and d_1 … d_j, and each other. Read are all drafts and, of each proposal, all masks but the first: the token
     after the last accepted draft is the autoregressive one.
 
     Args:
         lengths: committed tokens of each row, P.
-        k: drafts, and masks in a proposal.
+        k: drafts.
         proposals: which of 1 … k to draft for, ascending; all by default.
+        masks: M, of a proposal; as many as drafts by default.
     """
+    width = k if masks is None else masks
     chosen = check_proposals(k, all_proposals(k) if proposals is None else proposals)
     base = torch.tensor(lengths, device=device)[:, None]
     draft = torch.arange(k, device=device)
-    accepted = torch.tensor(chosen, dtype=torch.long, device=device).repeat_interleave(k)
-    place = draft.repeat(len(chosen))
+    accepted = torch.tensor(chosen, dtype=torch.long, device=device).repeat_interleave(width)
+    place = torch.arange(width, device=device).repeat(len(chosen))
     queries = k + len(accepted)
     slots = base + torch.arange(queries, device=device)
     block_first = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place], 1)
-    block_end = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place + k], 1)
-    read_masks = k + torch.arange(len(accepted), device=device).view(-1, k)[:, 1:].reshape(-1)
+    block_end = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place + width], 1)
+    read_masks = k + torch.arange(len(accepted), device=device).view(len(chosen), width)[:, 1:].reshape(-1)
     return Layout(
         positions=base + torch.cat([draft, accepted + place]),
         slots=slots,

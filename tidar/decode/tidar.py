@@ -12,7 +12,7 @@ tokens. ``beta`` below 1 mixes the draft's logits into s_j and is lossy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,19 @@ from tidar.layout import check_proposals
 from tidar.model import CausalLM
 from tidar.sampling import accept_matching, accept_ratio, draft_ratio, sample, seen_after, trust
 
-__all__ = ["Acceptance", "TidarDecoder"]
+__all__ = ["Acceptance", "Shape", "TidarDecoder"]
 
 Acceptance = Literal["gumbel", "ratio"]
+
+
+class Shape(NamedTuple):
+    """What a step feeds (`tidar.layout.step`)."""
+
+    drafts: int
+    """K, the certain token among them."""
+    proposals: tuple[int, ...]
+    masks: int
+    """M, of each proposal."""
 
 
 class TidarDecoder(Rows):
@@ -61,11 +71,12 @@ class TidarDecoder(Rows):
         self.draft_len = draft_len
         self.acceptance = acceptance
         self.beta = beta
-        # kept[n]: the largest proposal that was drafted for at most n accepted drafts, -1 if none
-        kept = [max((i for i, j in enumerate(self.proposals) if j <= n), default=-1) for n in range(draft_len + 1)]
-        self._kept = torch.tensor(kept, device=model.device)
-        self._level = torch.tensor(self.proposals or (0,), device=model.device)
         self._drafts = self._q = torch.empty(0, device=model.device)
+        self._levels: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+
+    def shape(self) -> Shape:
+        """Of the next step."""
+        return Shape(self._drafts.shape[1], self.proposals, self.draft_len)
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         hidden = self.open(prompts, params, self.draft_len)
@@ -82,17 +93,17 @@ class TidarDecoder(Rows):
         return certain
 
     def step(self) -> list[list[int]]:
-        model, k = self.model, self.draft_len
-        plan = layout.step(self.cache.lengths, k, self.proposals, device=model.device)
+        model, shape = self.model, self.shape()
+        plan = layout.step(self.cache.lengths, *shape, device=model.device)
         hidden = model.hidden(plan.tokens(self._drafts, model.mask_id), plan, cache=self.cache)
         self.forwards += 1
-        accepted, follow = self._verify(hidden)
+        accepted, follow = self._verify(hidden, shape)
         counts: list[int] = accepted.tolist()
         drafts = torch.cat([self._drafts, follow], 1).tolist()
         certain = [d[1:n] + d[-1:] for d, n in zip(drafts, counts, strict=True)]
         self.cache.commit(counts)
         self.note(certain)
-        self._drafts = self._next_drafts(follow, *self._proposal(hidden[:, k:], accepted))
+        self._drafts = self._next_drafts(follow, *self._proposal(hidden[:, shape.drafts :], accepted, shape))
         return certain
 
     def select(self, rows: list[int]) -> None:
@@ -102,13 +113,13 @@ class TidarDecoder(Rows):
         if self.acceptance == "ratio":
             self._q = self._q[index]
 
-    def _verify(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _verify(self, hidden: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Accepted drafts (B,), and the autoregressive token (B, 1) after the last of them."""
-        k = self.draft_len
+        k = shape.drafts
         logits = self.model.head(hidden[:, :k])
-        if self.beta < 1 and self.proposals:
-            drafted = self._level - 1
-            first = self.model.head(self.model.drafted(hidden[:, k::k], self._drafts[:, drafted]))
+        if self.beta < 1 and shape.proposals:
+            drafted = self._level(shape)[0] - 1
+            first = self.model.head(self.model.drafted(hidden[:, k :: shape.masks], self._drafts[:, drafted]))
             logits[:, drafted] = trust(logits[:, drafted], first, self.beta)
         positions = self.lengths[:, None] + torch.arange(1, k + 1, device=logits.device)
         seen = None if self.seen is None else seen_after(self.seen, self._drafts)
@@ -119,33 +130,44 @@ class TidarDecoder(Rows):
         accepted = accept_matching(sampled, self._drafts)
         return accepted, sampled.gather(1, accepted[:, None] - 1)
 
-    def _proposal(self, masks: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, K-1, D) that draft what follows, and which of them (B, K-1) were computed.
+    def _level(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """The proposals (P,), and for n = 0 … K accepted drafts the index of the largest one up to n, or -1."""
+        key = shape.drafts, shape.proposals
+        if key not in self._levels:
+            kept = [max((i for i, j in enumerate(key[1]) if j <= n), default=-1) for n in range(key[0] + 1)]
+            device = self.model.device
+            self._levels[key] = torch.tensor(key[1] or (0,), device=device), torch.tensor(kept, device=device)
+        return self._levels[key]
+
+    def _proposal(self, masks: Tensor, accepted: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, M-1, D) that draft what follows, and which of them (B, M-1) were computed; none without
+        proposals.
 
         If "exactly n accepted" was not drafted for, the nearest lower proposal that was serves with its tail: its
         masks stood at the same positions, seeing fewer drafts.
         """
-        k = self.draft_len
-        chosen = self._kept[accepted]
-        offset = torch.arange(1, k, device=masks.device) + (accepted - self._level[chosen])[:, None]
-        made = (offset < k) & (chosen >= 0)[:, None]
-        if not self.proposals:
-            return masks.new_zeros(len(accepted), k - 1, masks.shape[-1]), made
-        place = chosen.clamp(min=0)[:, None] * k + offset.clamp(0, k - 1)
+        if not shape.proposals:
+            return masks, masks.new_zeros(masks.shape[:2], dtype=torch.bool)
+        level, kept = self._level(shape)
+        chosen = kept[accepted]
+        offset = torch.arange(1, shape.masks, device=masks.device) + (accepted - level[chosen])[:, None]
+        made = (offset < shape.masks) & (chosen >= 0)[:, None]
+        place = chosen.clamp(min=0)[:, None] * shape.masks + offset.clamp(0, shape.masks - 1)
         return masks.gather(1, place[..., None].expand(-1, -1, masks.shape[-1])), made
 
     def _next_drafts(self, first: Tensor, hidden: Tensor, made: Tensor) -> Tensor:
-        """(B, K): the certain token, then K-1 drafts from mask states (B, K-1, D)."""
-        if self.draft_len == 1:
+        """(B, 1 + R): the certain token, then drafts from mask states (B, R, D)."""
+        count = hidden.shape[1]
+        if count == 0:
             return first
-        positions = self.lengths[:, None] + torch.arange(1, self.draft_len, device=first.device)
+        positions = self.lengths[:, None] + torch.arange(1, count + 1, device=first.device)
         # A transition wants the draft before, so its drafts are chosen one after another; else all at once.
-        width = self.draft_len - 1 if self.model.transition is None else 1
+        width = count if self.model.transition is None else 1
         drafts, q = [first], []
-        for part in (slice(at, at + width) for at in range(0, self.draft_len - 1, width)):
-            states = (
-                hidden[:, part] if self.model.transition is None else self.model.drafted(hidden[:, part], drafts[-1])
-            )
+        for part in (slice(at, at + width) for at in range(0, count, width)):
+            states = hidden[:, part]
+            if self.model.transition is not None:
+                states = self.model.drafted(states, drafts[-1])
             chosen, probs = self._choose(states, made[:, part], positions[:, part])
             drafts.append(chosen)
             q.append(probs)
