@@ -48,7 +48,7 @@ def test_rows_keep_their_own_parameters(qwen3: Model) -> None:
     each = [with_length(p) for p in PARAMS.values()]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(each))]
     alone = [qwen3.generate([p], q, method="ar")[0].token_ids for p, q in zip(prompts, each, strict=True)]
-    methods: tuple[Method, ...] = ("ar", "tidar", "linear")
+    methods: tuple[Method, ...] = ("ar", "tidar", "linear", "auto")
     for method in methods:
         got = qwen3.generate(prompts, each, method=method, draft_len=4)
         assert [c.token_ids for c in got] == alone

@@ -14,13 +14,14 @@ from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
+from tidar.decode.planned import PlannedDecoder
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
 from tidar.model import CausalLM
 
 __all__ = ["Method", "Model", "load"]
 
-Method = Literal["ar", "tidar", "linear"]
+Method = Literal["ar", "tidar", "linear", "auto"]
 Prompt = str | Sequence[int]
 
 
@@ -57,8 +58,9 @@ class Model:
         Args:
             prompts: one prompt or several; text, or token ids.
             params: sampling parameters for all prompts or one for each; greedy by default.
-            method: ``tidar``; ``linear``, which drafts and verifies in two forwards; ``ar``, one token a forward.
-            draft_len: drafts a step; by default the longest the model was trained for.
+            method: ``tidar``; ``linear``, which drafts and verifies in two forwards; ``ar``, one token a forward;
+                ``auto`` chooses among them, and draft lengths and proposals, by what steps take on this machine.
+            draft_len: drafts a step, or the most for ``auto``; by default the longest the model was trained for.
             proposals: numbers of accepted drafts to draft ahead for, among 1 … draft_len; all by default.
             acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
             beta: below 1 trusts the drafts and is lossy.
@@ -127,8 +129,10 @@ class Model:
             return lambda: ArDecoder(self.core)
         if method not in get_args(Method):
             raise TidarError(f"method '{method}' is unknown: use one of {', '.join(get_args(Method))}")
-        if method == "linear" and (proposals is not None or beta < 1):
-            raise TidarError("method 'linear' has no proposals and no beta: leave them out, or use method 'tidar'")
+        if method in ("linear", "auto") and (proposals is not None or beta < 1):
+            raise TidarError(f"method '{method}' takes no proposals and no beta: leave them out, or use method 'tidar'")
+        if method == "auto" and acceptance != "gumbel":
+            raise TidarError("method 'auto' keeps the tokens the same: leave acceptance out, or choose a method")
         if beta < 1:
             warnings.warn(f"beta = {beta} is lossy: the tokens are not those of autoregressive decoding", stacklevel=3)
         _ = self.core.mask_id  # refuses a checkpoint that was not converted
@@ -141,6 +145,8 @@ class Model:
                 f"draft length {length} is beyond the {max(trained)} the model was trained for: drafts will be poor",
                 stacklevel=3,
             )
+        if method == "auto":
+            return lambda: PlannedDecoder(self.core, draft_len=length)
         if method == "linear":
             return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
         return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)

@@ -1,0 +1,193 @@
+"""The planner's arithmetic against simulation, its choices on made-up machines, and that no choice changes a token."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from tidar.api import Model
+from tidar.config import SamplingParams
+from tidar.decode import generation
+from tidar.decode.planned import PlannedDecoder, measure
+from tidar.decode.planner import AR, DOUBT, Acceptance, Plan, Times, best, candidates, tokens_per_step
+from tidar.decode.tidar import Shape
+from tidar.errors import TidarError
+
+PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
+RATES = np.array([1, 0.9, 0.8, 0.75, 0.7, 0.6, 0.6, 0.5])
+FLAT = Times([(1, 1.0), (1000, 1.0)])
+
+
+def simulated(plan: Plan, rates: np.ndarray, steps: int) -> float:
+    """Tokens a step, drafts accepted by chance."""
+    draw, made, behind = random.Random(0), 0, 0
+    k = plan.draft_len
+    for _ in range(steps):
+        n = 1
+        while behind + n < k and draw.random() < rates[behind + n]:
+            n += 1
+        made += n
+        level = max((j for j in plan.proposals if j <= n), default=None)
+        behind = k - 1 if level is None else min(n - level, k - 1)
+    return made / steps
+
+
+@pytest.mark.parametrize("proposals", [(1,), (8,), (1, 2), (2, 5), (1, 2, 4, 8), tuple(range(1, 9))])
+@pytest.mark.parametrize("rates", [RATES, np.full(8, 0.3), np.ones(8)], ids=["falling", "poor", "perfect"])
+def test_tokens_per_step(proposals: tuple[int, ...], rates: np.ndarray) -> None:
+    rates = np.concatenate([[1.0], rates[1:]])
+    plan = Plan("tidar", 8, proposals)
+    assert tokens_per_step(plan, rates) == pytest.approx(simulated(plan, rates, 60_000), rel=0.02)
+
+
+def test_tokens_per_step_of_the_others() -> None:
+    assert tokens_per_step(AR, RATES) == 1
+    assert tokens_per_step(Plan("linear", 3), RATES) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
+    assert tokens_per_step(Plan("tidar", 3, (1, 2, 3)), RATES) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
+
+
+def test_choices() -> None:
+    plans = list(candidates(16))
+    assert len(plans) == len(set(plans))
+    good = np.full(16, 0.9)
+    good[0] = 1
+    assert best(plans, good, FLAT, AR) == Plan("tidar", 16, tuple(range(1, 17)))  # queries cost nothing
+    assert best(plans, good, Times([(1, 1.0), (2, 2.0)]), Plan("linear", 4)) == AR  # all they can
+    middling = best(plans, good, Times([(1, 1.0), (64, 1.3), (300, 9.0)]), AR)
+    assert middling.method == "linear" or len(middling.proposals) < middling.draft_len
+    assert best(plans, np.array([1.0] + [0.01] * 15), FLAT, AR) == AR  # a twentieth better, or it stays
+    assert best(plans, good, FLAT, Plan("tidar", 16, tuple(range(1, 17)))).draft_len == 16
+
+
+def test_the_shortest_draft_has_no_plan_but_ar() -> None:
+    assert set(candidates(1)) == {AR}
+
+
+def test_acceptance_is_what_was_seen_lately() -> None:
+    seen = Acceptance()
+    assert seen.rates(4).tolist() == [1, 0.7, 0.7, 0.7]
+    for _ in range(300):
+        seen.update([(1, 3, 1), (1, 3, 3), (2, 2, 0)])  # offset 1 always, 2 once in three, 3 after it always
+    assert seen.rates(4) == pytest.approx([1, 1, 1 / 3, 1], abs=0.03)
+    assert 0.5 < seen.rates(6)[5] < 1, "never seen: like the others"
+    for _ in range(300):
+        seen.update([(1, 3, 0)])
+    assert seen.rates(4)[1] < 0.03
+
+
+def test_times() -> None:
+    times = Times([(8, 3.0), (1, 1.0), (16, 2.0)])
+    assert [times(q) for q in (1, 8, 12)] == [1 * DOUBT, 3 * DOUBT, 3 * DOUBT], "more queries never take less"
+    rising = Times([(1, 1.0), (3, 2.0)])
+    assert rising(2) == 1.5 * DOUBT and rising(7) == 4.0 * DOUBT
+    rising.update(2, 500.0)
+    assert not rising.sure_of(2) and rising(3) < 500, "one stall"
+    for _ in range(20):
+        rising.update(2, 6.0)
+    rising.update(2, 500.0)
+    assert rising.sure_of(2) and rising(2) == 6.0
+    assert rising(7) == 16.0 * DOUBT, "what takes four times as long here does so elsewhere"
+
+
+class Restless(PlannedDecoder):
+    """Another plan every step; notes which drafts there were and what became of them."""
+
+    def __init__(self, *args: object, plans: Sequence[Plan], **kwargs: object) -> None:
+        super().__init__(*args, times=Times([(1, 1.0), (2, 1.0)]), **kwargs)  # type: ignore[arg-type]
+        self.random, self.plans, self.used = random.Random(1), list(plans), set[str]()
+        self.right: list[list[tuple[int, int]]] = []
+        self.noted: list[list[tuple[int, int]]] = []
+        self.seen_rows: list[list[int]] = []
+
+    def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
+        self._offsets = [list(range(1, self.draft_len)) for _ in prompts]
+        return super().prefill(prompts, params)
+
+    def step(self) -> list[list[int]]:
+        self.plan = self.random.choice(self.plans)
+        shape = self.shape()
+        self.used.add(self.plan.method if shape.drafts > 1 or not shape.proposals else "draft")
+        self.right.append([(o[0], len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
+        self.noted.append([])
+        return super().step()
+
+    def select(self, rows: list[int]) -> None:
+        super().select(rows)
+        self._offsets = [self._offsets[r] for r in rows]
+
+    def _proposal(self, masks: torch.Tensor, accepted: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, made = super()._proposal(masks, accepted, shape)
+        levels = [max((j for j in shape.proposals if j <= n), default=0) for n in accepted.tolist()]
+        self._offsets = [
+            [int(n) - level + place for place in range(1, len(row) + 1) if row[place - 1]]
+            for n, level, row in zip(accepted.tolist(), levels, made.tolist(), strict=True)
+        ]
+        return hidden, made
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [p for p in candidates(6) if p.draft_len in (1, 2, 4, 6)]
+    params = [SamplingParams(max_new_tokens=90, seed=s, **options) for s in range(3)]  # type: ignore[arg-type]
+    expected = qwen3.generate(PROMPTS, params, method="ar")
+    decoder = Restless(qwen3.core, draft_len=6, plans=plans)
+    real = Acceptance.update
+
+    def noting(self: Acceptance, tested: Sequence[tuple[int, int, int]]) -> None:
+        decoder.noted[-1] = [(first, count) for first, count, _ in tested]
+        assert all(0 <= accepted <= count for _, count, accepted in tested)
+        real(self, tested)
+
+    monkeypatch.setattr(Acceptance, "update", noting)
+    found = generation.generate(qwen3.core, PROMPTS, params, lambda: decoder, 3)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert decoder.used == {"ar", "linear", "tidar", "draft"}
+    assert decoder.noted == decoder.right, "what it learns from is not what was drafted"
+
+
+def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # every step takes 1
+    decoder = PlannedDecoder(qwen3.core, draft_len=4, times=Times([(1, 1.0), (2, 1.0)]))
+    params = [SamplingParams(max_new_tokens=200, ignore_eos=True)]
+    generation.generate(qwen3.core, PROMPTS[:1], params, lambda: decoder, 1)
+    assert decoder.plan.method == "tidar"
+    dear = Times([(1, 1.0), (2, 50.0)])
+    for _ in range(3):
+        dear.update(1, 1.0)
+    slow = PlannedDecoder(qwen3.core, draft_len=4, times=dear)
+    monkeypatch.setattr(Times, "update", lambda self, queries, seconds: None)
+    shapes: list[Shape] = []
+    real = PlannedDecoder._learn
+
+    def noting(self: PlannedDecoder, shape: Shape, accepted: list[int], seconds: float) -> None:
+        shapes.append(shape)
+        real(self, shape, accepted, seconds)
+
+    monkeypatch.setattr(PlannedDecoder, "_learn", noting)
+    generation.generate(qwen3.core, PROMPTS[:1], params, lambda: slow, 1)
+    assert slow.plan == AR
+    last = shapes[-140:]
+    assert Shape(1, (1,), 4) in last, "it asks again whether drafts have become better"
+    assert last.count(Shape(1, (), 1)) > 0.9 * len(last)
+
+
+def test_measured_times_are_usable(qwen3: Model) -> None:
+    points = measure(qwen3.core, 2)
+    assert [q for q, _ in points] == [1, 8, 48]
+    assert all(s > 0 for _, s in points)
+
+
+def test_what_does_not_go_together_is_refused(qwen3: Model) -> None:
+    for wrong in ({"proposals": [1]}, {"beta": 0.5}, {"acceptance": "ratio"}):
+        with pytest.raises(TidarError, match="method 'auto'"):
+            qwen3.generate(PROMPTS, method="auto", **wrong)
+    with pytest.raises(TidarError, match="method 'linear' takes no proposals"):
+        qwen3.generate(PROMPTS, method="linear", proposals=[1])
+    with pytest.raises(TidarError, match="method 'fast' is unknown: use one of ar, tidar, linear, auto"):
+        qwen3.generate(PROMPTS, method="fast")  # type: ignore[arg-type]
