@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tidar import layout
 from tidar.api import Model
+from tidar.cache import SlotCache
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
@@ -147,6 +148,20 @@ def test_injected(family: str, converted: Callable[[str], Path]) -> None:
     run_injected(model, [list(p) for p in PROMPTS], 40, 4, None)
 
 
+ENOUGH = {1: 8, 2: 12, 3: 24, 8: 80, 16: 200}  # new tokens in which every number of accepted drafts occurs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", ENOUGH)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_injected_family_and_length(family: str, k: int, converted: Callable[[str], Path]) -> None:
+    model = Model(load_model(converted(family), dtype="float64"))
+    prompts = [list(p) for p in PROMPTS]
+    run_injected(model, prompts, ENOUGH[k], k, None)
+    if k > 1:
+        run_injected(model, prompts, ENOUGH[k], k, (1, (k + 1) // 2 + 1) if k > 2 else (2,))
+
+
 @pytest.mark.parametrize(("k", "new"), [(1, 8), (2, 12), (3, 24), (8, 80), (16, 200)])
 def test_injected_lengths(qwen3: Model, k: int, new: int) -> None:
     run_injected(qwen3, [list(p) for p in PROMPTS], new, k, None)
@@ -222,6 +237,32 @@ def test_cache_holds_what_a_fresh_prefill_would(qwen3: Model) -> None:
     for ours, theirs in ((decoder.cache._keys, fresh.cache._keys), (decoder.cache._values, fresh.cache._values)):
         for mine, new in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine[:, :, :length], new[:, :, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_left_in_the_cache_shows(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that others have had: after a block accepted as a whole, a mask's key and value stay."""
+    prompt = list(PROMPTS[0])
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    truth = qwen3.generate([prompt], SamplingParams(max_new_tokens=60, ignore_eos=True), method="ar")[0].token_ids
+
+    def run() -> list[int]:
+        decoder = Injected(qwen3.core, draft_len=4, truth=[[*prompt, *truth]], shift=0)
+        decoder._check_proposals = lambda *_: None  # type: ignore[method-assign]
+        return generation.generate(qwen3.core, [prompt], [params], lambda: decoder, 1)[0].token_ids
+
+    assert run() == truth[:40]
+    kept = SlotCache.commit
+
+    def leave(self: SlotCache, counts: list[int]) -> None:
+        if counts == [4]:  # the first mask's slot takes the place of the next token's
+            for store in (self._keys, self._values):
+                for layer in store:
+                    layer[:, :, self.lengths[0] + 3] = layer[:, :, self.lengths[0] + 4]
+        kept(self, counts)
+
+    monkeypatch.setattr(SlotCache, "commit", leave)
+    with pytest.raises(AssertionError, match="the certain token is not the autoregressive one"):
+        run()
 
 
 def test_long_prompts_in_pieces(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,19 @@ def test_loss_and_gradient_are_the_papers(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_token_0_and_the_last_token_have_a_loss(model: CausalLM) -> None:
+    """Faults that others have had: id 0 taken for "ignore", the text shifted by one, end-of-text taken for padding."""
+    for token in (0, 256):
+        batch = pack([[1, 23]])
+        batch = batch._replace(tokens=torch.full_like(batch.tokens, token))
+        values, _ = ours(model, batch, Blocks(4, 1), 1.0, 0.0)
+        expected = paper_loss(model, [[1, 23]], batch, Blocks(4, 1), 1.0, 0.0)
+        torch.testing.assert_close(values[0].double(), expected.detach(), rtol=1e-5, atol=0)
+        assert float(values[0]) > 0.1
+        inputs = make_inputs(batch, Blocks(4, 1), mask_id=model.mask_id, device=CPU)
+        assert (int(inputs.targets.has_ar.sum()), inputs.targets.labels.numel()) == (22, 24)
+
+
 def test_parts_of_the_loss_add_up(model: CausalLM) -> None:
     loss, ar, draft, kl = ours(model, pack([[24], [24]]), Blocks(4, 1), 0.7, 0.25)[0].tolist()
     first = 1 / 24  # share of tokens without a teacher; the rest mixes
