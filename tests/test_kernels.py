@@ -272,6 +272,32 @@ def test_chosen_tiles_and_strided_tensors() -> None:
     assert agree(step_attention.attend(**given, **case.options), wanted)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_a_captured_step_follows_lengths_and_levels() -> None:
+    case = Case(lengths=(20, 37), dtype=torch.bfloat16)
+    given, workspace = case.tensors(), case.workspace()
+    out = torch.empty_like(given["q"])
+
+    def run() -> None:
+        step_attention.attend(**given, **case.options, out=out, workspace=workspace)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed in (1, 2):
+        other = replace(case, lengths=(37 - seed, 5), levels=(2, seed, 0, 4))
+        fresh = other.tensors(seed)
+        for name, tensor in given.items():
+            if tensor is not None:
+                tensor.copy_(fresh[name])
+        for tensor in (out, workspace.part, workspace.peaks, workspace.totals):
+            tensor.fill_(torch.nan)
+        graph.replay()
+        assert agree(out, exact(other, fresh))
+
+
 # --- planted faults ---
 
 
