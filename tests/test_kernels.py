@@ -25,7 +25,8 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton: pip inst
 from tidar.kernels import step_attention, write_kv  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# float32: rounding a score of 20 moves its weight by 2e-6; tf32 would move it by 3e-4 and more.
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass(frozen=True)
