@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import interpreter  # noqa: F401
 import pytest
 import tiny
 import torch

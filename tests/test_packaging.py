@@ -33,7 +33,7 @@ def needed(name: str, extras: frozenset[str] = frozenset()) -> dict[str, list[Re
             if wanted.marker and not any(wanted.marker.evaluate({"extra": e}) for e in here[1] | {""}):
                 continue
             there = canonicalize_name(wanted.name)
-            if there.startswith(("nvidia-", "cuda-", "triton")):
+            if there.startswith(("nvidia-", "cuda-")):
                 continue  # only torch's wheels for GPUs bring them, and pin them
             found.setdefault(there, []).append(wanted)
             todo.append((there, frozenset(wanted.extras)))
