@@ -263,3 +263,14 @@ def test_train_overrides_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert (config.lr, config.arch.layers, config.block_sizes, config.out) == (0.01, 2, (2, 4), str(tmp_path))
     assert config.seq_len == 128, "the recipe's"
     assert options == {"resume": True, "continue_from": ""}
+
+
+def test_info_of_a_broken_checkpoint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tidar.info.embedded_checkpoint", lambda: tmp_path)
+    for text in (None, "{", "[]"):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        [found] = answers(capsys, "info", "--json")
+        assert found["checkpoint_spec"] is None

@@ -84,6 +84,18 @@ def test_a_run_learns_and_leaves_a_usable_model(whole: TrainConfig) -> None:
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
     assert (out / "latest").resolve().name == "step-00000012"
     assert same_weights(out / "latest" / "model", out / "model")
+    assert list((out / "tensorboard").glob("events.*")), "it is installed here"
+
+
+def test_without_tensorboard(
+    root: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = train(config(root, base, out=str(tmp_path / "run"), tokens=96))
+    assert done.step == 1
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert len(records(tmp_path / "run")) == 2
+    assert " GiB · " in capsys.readouterr().err, "peak memory is printed"
 
 
 @pytest.mark.parametrize("steps", [3, 4, 9, 11])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from tidar import __version__
@@ -15,7 +16,7 @@ __all__ = ["collect", "show"]
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, and the default checkpoint with its ``tidar`` key (None where it is missing)."""
+    """Versions, devices, and the default checkpoint with its ``tidar`` key (None where it is missing or broken)."""
     import torch
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -31,8 +32,16 @@ def collect() -> dict[str, Any]:
         "devices": ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(cuda))],
         "cpu_threads": torch.get_num_threads(),
         "checkpoint": str(checkpoint),
-        "checkpoint_spec": json.loads(config.read_text()).get(KEY) if config.is_file() else None,
+        "checkpoint_spec": _spec(config),
     }
+
+
+def _spec(config: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] | None = json.loads(config.read_text(encoding="utf-8")).get(KEY)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found
 
 
 def show(found: dict[str, Any]) -> None:

@@ -101,8 +101,6 @@ class TrainConfig:
     """Checkpoints to keep."""
     max_seconds: float = 0.0
     """Stop, resumably, after this wall-clock time; 0: never."""
-    tensorboard: bool = False
-    """Write TensorBoard events too."""
 
     @property
     def accumulate(self) -> int:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a line of JSON each, TensorBoard if wanted, and the terminal."""
+"""Where a run's numbers go: a line of JSON each, TensorBoard if it is installed, and the terminal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from tidar.errors import TidarError
 
 __all__ = ["Metrics", "peak_memory_gib"]
 
@@ -34,10 +32,9 @@ class Metrics:
         out: the run's folder.
         total: clean tokens of the run, for the progress bar.
         start_step: records of later steps, left by a run that was killed after its last checkpoint, are dropped.
-        tensorboard: write events as well.
     """
 
-    def __init__(self, out: Path, *, total: int, start_step: int, tensorboard: bool = False) -> None:
+    def __init__(self, out: Path, *, total: int, start_step: int) -> None:
         path = out / FILE
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start_step]
@@ -45,15 +42,16 @@ class Metrics:
             part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(part, path)
         self._file = path.open("a", encoding="utf-8")
-        self._events = _events(out) if tensorboard else None
+        self._events = _events(out)
         self._total = total
         self._bar = _bar(total) if sys.stderr.isatty() else None
         self._begun = time.monotonic()
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """One line about training; ``record`` has at least step, tokens and tokens_per_second."""
+        """One line about training; ``record`` has at least step, tokens, tokens_per_second and peak_memory_gib."""
         self._write(record)
         shown = " · ".join(f"{k} {record[k]:.4f}" for k in ("loss", "ar", "draft", "kl") if k in record)
+        shown += f" · {record['peak_memory_gib']:.1f} GiB"
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=record["tokens"], shown=shown, rate=record["tokens_per_second"])
         else:
@@ -103,8 +101,8 @@ def _step(line: str) -> float:
 def _events(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise TidarError("tensorboard is not installed: pip install tensorboard, or leave out --tensorboard") from error
+    except ImportError:
+        return None
     return SummaryWriter(str(out / "tensorboard"))
 
 

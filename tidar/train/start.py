@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["data", "model", "place", "write_config"]
 
 # What may differ between a run and its continuation: none of it changes a weight.
-FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds", "tensorboard")
+FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds")
 
 TOKENIZER_BYTES = 50_000_000  # of text; more changes the merges little
 

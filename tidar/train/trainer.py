@@ -83,9 +83,7 @@ class Trainer:
                 notes.append(f"{source} has no optimizer state: it starts empty and the learning rate warms up again")
         if source is None or continue_from:
             start.write_config(self.out, config)
-        self.metrics = Metrics(
-            self.out, total=config.tokens, start_step=self.progress.step, tensorboard=config.tensorboard
-        )
+        self.metrics = Metrics(self.out, total=config.tokens, start_step=self.progress.step)
         for note in notes:
             self.metrics.say(note)
         self._pending: list[tuple[int, dict[str, int], float, Tensor]] = []
