@@ -136,7 +136,7 @@ def test_joint_with_a_transition(model: CausalLM, acceptance: str, monkeypatch: 
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
 
 
-@pytest.mark.parametrize("proposals", [(3,), pytest.param((1,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("proposals", [(3,), (), pytest.param((1,), marks=pytest.mark.slow)])
 def test_joint_with_pruned_proposals(model: CausalLM, proposals: tuple[int, ...]) -> None:
     counts = draw(TidarDecoder, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA

@@ -46,7 +46,7 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        method: Method = "tidar",
+        method: Method | None = None,
         draft_len: int | None = None,
         proposals: Sequence[int] | None = None,
         acceptance: Acceptance = "gumbel",
@@ -59,7 +59,8 @@ class Model:
             prompts: one prompt or several; text, or token ids.
             params: sampling parameters for all prompts or one for each; greedy by default.
             method: ``tidar``; ``linear``, which drafts and verifies in two forwards; ``ar``, one token a forward;
-                ``auto`` chooses among them, and draft lengths and proposals, by what steps take on this machine.
+                ``auto`` chooses among them, and draft lengths and proposals, by what steps take on this machine. By
+                default ``auto``, or ``tidar`` if one of the following is given.
             draft_len: drafts a step, or the most for ``auto``; by default the longest the model was trained for.
             proposals: numbers of accepted drafts to draft ahead for, among 1 … draft_len; all by default.
             acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
@@ -81,7 +82,7 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        method: Method = "tidar",
+        method: Method | None = None,
         draft_len: int | None = None,
         proposals: Sequence[int] | None = None,
         acceptance: Acceptance = "gumbel",
@@ -119,12 +120,15 @@ class Model:
 
     def _maker(
         self,
-        method: Method,
+        method: Method | None,
         draft_len: int | None,
         proposals: Sequence[int] | None,
         acceptance: Acceptance,
         beta: float,
     ) -> Callable[[], Decoder]:
+        if method is None:
+            given = draft_len is not None or proposals is not None or acceptance != "gumbel" or beta != 1
+            method = "tidar" if given else "auto"
         if method == "ar":
             return lambda: ArDecoder(self.core)
         if method not in get_args(Method):

@@ -58,8 +58,9 @@ class Checkpoint:
 class Decoding:
     """How text is decoded. Nothing here but `acceptance` and `beta` changes the text."""
 
-    method: Literal["tidar", "linear", "ar", "auto"] = "tidar"
-    """`ar` is one token a forward, `linear` drafts and verifies in turn, `auto` takes what is quickest here."""
+    method: Annotated[Literal["auto", "tidar", "linear", "ar"] | None, arg(metavar="auto|tidar|linear|ar")] = None
+    """`ar` is one token a forward, `linear` drafts and verifies in turn, `auto` takes what is quickest here. By default
+    `auto`, or `tidar` if one of the following is given."""
     draft_len: Annotated[int | None, arg(metavar="K")] = None
     """Drafts a step; by default the longest the model was trained for."""
     proposals: Annotated[tuple[int, ...] | None, arg(metavar="J …")] = None

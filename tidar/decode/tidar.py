@@ -158,6 +158,7 @@ class TidarDecoder(Rows):
     def _next_drafts(self, first: Tensor, hidden: Tensor, made: Tensor) -> Tensor:
         """(B, 1 + R): the certain token, then drafts from mask states (B, R, D)."""
         count = hidden.shape[1]
+        self._q = hidden.new_zeros(len(first), 0, self.model.vocab_size)  # of drafts that are gone
         if count == 0:
             return first
         positions = self.lengths[:, None] + torch.arange(1, count + 1, device=first.device)
