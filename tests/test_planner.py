@@ -98,7 +98,7 @@ class Restless(PlannedDecoder):
     """Another plan every step; notes which drafts there were and what became of them."""
 
     def __init__(self, *args: object, plans: Sequence[Plan], **kwargs: object) -> None:
-        super().__init__(*args, times=Times([(1, 1.0), (2, 1.0)]), **kwargs)  # type: ignore[arg-type]
+        super().__init__(*args, times={n: Times([(1, 1.0), (2, 1.0)]) for n in (1, 2, 3)}, **kwargs)  # type: ignore[arg-type]
         self.random, self.plans, self.used = random.Random(1), list(plans), set[str]()
         self.right: list[list[tuple[int, int]]] = []
         self.noted: list[list[tuple[int, int]]] = []
@@ -153,14 +153,14 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
 def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**9))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # every step takes 1
-    decoder = PlannedDecoder(qwen3.core, draft_len=4, times=Times([(1, 1.0), (2, 1.0)]))
+    decoder = PlannedDecoder(qwen3.core, draft_len=4, times={n: Times([(1, 1.0), (2, 1.0)]) for n in (1, 2, 3)})
     params = [SamplingParams(max_new_tokens=200, ignore_eos=True)]
     generation.generate(qwen3.core, PROMPTS[:1], params, lambda: decoder, 1)
     assert decoder.plan.method == "tidar"
     dear = Times([(1, 1.0), (2, 50.0)])
     for _ in range(3):
         dear.update(1, 1.0)
-    slow = PlannedDecoder(qwen3.core, draft_len=4, times=dear)
+    slow = PlannedDecoder(qwen3.core, draft_len=4, times={1: dear})
     monkeypatch.setattr(Times, "update", lambda self, queries, seconds: None)
     shapes: list[Shape] = []
     real = PlannedDecoder._learn
@@ -191,3 +191,17 @@ def test_what_does_not_go_together_is_refused(qwen3: Model) -> None:
         qwen3.generate(PROMPTS, method="linear", proposals=[1])
     with pytest.raises(TidarError, match="method 'fast' is unknown: use one of ar, tidar, linear, auto"):
         qwen3.generate(PROMPTS, method="fast")  # type: ignore[arg-type]
+
+
+def test_times_are_measured_once(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def noting(_: object, rows: int) -> list[tuple[int, float]]:
+        calls.append(rows)
+        return [(1, 1.0), (2, 1.0)]
+
+    monkeypatch.setattr("tidar.decode.planned.measure", noting)
+    model = Model(qwen3.core)
+    for prompts in (PROMPTS[:1], PROMPTS[:1], PROMPTS):
+        model.generate(prompts, SamplingParams(max_new_tokens=4))
+    assert calls == [1, 3]

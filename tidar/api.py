@@ -15,6 +15,7 @@ from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
+from tidar.decode.planner import Times
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
 from tidar.model import CausalLM
@@ -34,6 +35,7 @@ class Model:
 
     def __init__(self, core: CausalLM) -> None:
         self.core = core
+        self._times: dict[int, Times] = {}  # what steps take here, learned by `auto`
 
     @property
     def draft_len(self) -> int:
@@ -150,7 +152,7 @@ class Model:
                 stacklevel=3,
             )
         if method == "auto":
-            return lambda: PlannedDecoder(self.core, draft_len=length)
+            return lambda: PlannedDecoder(self.core, draft_len=length, times=self._times)
         if method == "linear":
             return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
         return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)

@@ -27,16 +27,16 @@ class PlannedDecoder(TidarDecoder):
     Args:
         model: a converted model.
         draft_len: the longest draft.
-        times: seconds of a step by its queries; measured on this model and batch if not given.
+        times: seconds of a step by its queries, for each number of rows; what is missing is measured and kept there, so
+            decoders of one model on one machine share it.
     """
 
-    def __init__(self, model: CausalLM, *, draft_len: int, times: Times | None = None) -> None:
+    def __init__(self, model: CausalLM, *, draft_len: int, times: dict[int, Times]) -> None:
         super().__init__(model, draft_len=draft_len)
         self.plan = AR
         self.acceptance_seen = Acceptance()
         self._plans = list(candidates(draft_len))
-        self._given = times is not None
-        self._times = times or Times([(1, 1.0), (2, 1.0)])
+        self._known = times
         self._steps = self._idle = 0
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind: list[int] = []  # offset of the certain token in its row's block
@@ -44,8 +44,10 @@ class PlannedDecoder(TidarDecoder):
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         certain = super().prefill(prompts, params)
         self._block, self._behind = self.draft_len, [0] * len(prompts)
-        if not self._given:
-            self._times = Times(measure(self.model, len(prompts)))
+        rows = len(prompts)
+        if rows not in self._known:
+            self._known[rows] = Times(measure(self.model, rows))
+        self._times = self._known[rows]
         self._replan()
         return certain
 
