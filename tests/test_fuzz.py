@@ -24,7 +24,8 @@ from tidar.data.config import DataConfig
 from tidar.data.sources import documents
 from tidar.decode import generation
 from tidar.decode.generation import Completion
-from tidar.decode.tidar import Shape, TidarDecoder
+from tidar.decode.policy import Shape
+from tidar.decode.tidar import TidarDecoder
 from tidar.errors import TidarError
 
 pytestmark = pytest.mark.slow

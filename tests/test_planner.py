@@ -15,7 +15,7 @@ from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.planned import PlannedDecoder, measure
 from tidar.decode.planner import AR, DOUBT, Acceptance, Plan, Times, best, candidates, tokens_per_step
-from tidar.decode.tidar import Shape
+from tidar.decode.policy import Planning, Shape
 from tidar.errors import TidarError
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
@@ -109,9 +109,9 @@ class Restless(PlannedDecoder):
         return super().prefill(prompts, params)
 
     def step(self) -> list[list[int]]:
-        self.plan = self.random.choice(self.plans)
+        self.policy.plan = self.random.choice(self.plans)
         shape = self.shape()
-        self.used.add(self.plan.method if shape.drafts > 1 or not shape.proposals else "draft")
+        self.used.add(self.policy.plan.method if shape.drafts > 1 or not shape.proposals else "draft")
         self.right.append([(o[0], len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
         self.noted.append([])
         return super().step()
@@ -156,22 +156,22 @@ def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPat
     decoder = PlannedDecoder(qwen3.core, draft_len=4, times={n: Times([(1, 1.0), (2, 1.0)]) for n in (1, 2, 3)})
     params = [SamplingParams(max_new_tokens=200, ignore_eos=True)]
     generation.generate(qwen3.core, PROMPTS[:1], params, lambda: decoder, 1)
-    assert decoder.plan.method == "tidar"
+    assert decoder.policy.plan.method == "tidar"
     dear = Times([(1, 1.0), (2, 50.0)])
     for _ in range(3):
         dear.update(1, 1.0)
     slow = PlannedDecoder(qwen3.core, draft_len=4, times={1: dear})
     monkeypatch.setattr(Times, "update", lambda self, queries, seconds: None)
     shapes: list[Shape] = []
-    real = PlannedDecoder._learn
+    real = Planning.learn
 
-    def noting(self: PlannedDecoder, shape: Shape, accepted: list[int], seconds: float) -> None:
+    def noting(self: Planning, shape: Shape, accepted: list[int], seconds: float) -> None:
         shapes.append(shape)
         real(self, shape, accepted, seconds)
 
-    monkeypatch.setattr(PlannedDecoder, "_learn", noting)
+    monkeypatch.setattr(Planning, "learn", noting)
     generation.generate(qwen3.core, PROMPTS[:1], params, lambda: slow, 1)
-    assert slow.plan == AR
+    assert slow.policy.plan == AR
     last = shapes[-140:]
     assert Shape(1, (1,), 4) in last, "it asks again whether drafts have become better"
     assert last.count(Shape(1, (), 1)) > 0.9 * len(last)

@@ -8,7 +8,8 @@ and no proposal. So the cache, the acceptance and the contract are TiDAR's.
 
 from __future__ import annotations
 
-from tidar.decode.tidar import Acceptance, Shape, TidarDecoder
+from tidar.decode.policy import Alternating, Shape
+from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.model import CausalLM
 
 __all__ = ["LinearDecoder"]
@@ -28,7 +29,4 @@ class LinearDecoder(TidarDecoder):
 
     def shape(self) -> Shape:
         """Verify what was drafted; draft when nothing is."""
-        drafts = self._drafts.shape[1]
-        if drafts > 1 or self.draft_len == 1:
-            return Shape(drafts, (), self.draft_len)
-        return Shape(1, (1,), self.draft_len)
+        return Alternating(self.draft_len).shape(self._drafts.shape[1])

@@ -12,7 +12,7 @@ tokens. ``beta`` below 1 mixes the draft's logits into s_j and is lossy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,24 +20,15 @@ from torch import Tensor
 from tidar import layout
 from tidar.config import SamplingParams
 from tidar.decode.base import Rows
+from tidar.decode.policy import Shape
 from tidar.errors import TidarError
 from tidar.layout import check_proposals
 from tidar.model import CausalLM
 from tidar.sampling import accept_matching, accept_ratio, draft_ratio, sample, seen_after, trust
 
-__all__ = ["Acceptance", "Shape", "TidarDecoder"]
+__all__ = ["Acceptance", "TidarDecoder"]
 
 Acceptance = Literal["gumbel", "ratio"]
-
-
-class Shape(NamedTuple):
-    """What a step feeds (`tidar.layout.step`)."""
-
-    drafts: int
-    """K, the certain token among them."""
-    proposals: tuple[int, ...]
-    masks: int
-    """M, of each proposal."""
 
 
 class TidarDecoder(Rows):

@@ -1,0 +1,168 @@
+"""What the next step feeds: fixed methods as policies, and the one that plans (`tidar.decode.planner`).
+
+A policy sees how many drafts are at hand and how many were accepted; it never sees a token, and changes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from tidar.decode.planner import AR, Acceptance, Times, best, candidates
+
+__all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy", "Shape"]
+
+REPLAN = 8
+"""Steps between two looks at the plan."""
+PROBE = 64
+"""Autoregressive steps after which a round of drafts asks whether they have become better."""
+
+
+class Shape(NamedTuple):
+    """What a step feeds (`tidar.layout.step`)."""
+
+    drafts: int
+    """K, the certain token among them."""
+    proposals: tuple[int, ...]
+    masks: int
+    """M, of each proposal."""
+
+    @property
+    def queries(self) -> int:
+        """L."""
+        return self.drafts + len(self.proposals) * self.masks
+
+
+class Policy(Protocol):
+    """Asked for a shape before each step, told the outcome after it, in order; several steps may lie between."""
+
+    def open(self, rows: int) -> int:
+        """New rows; returns the masks of their prefill."""
+        ...
+
+    def shape(self, held: int) -> Shape:
+        """Of the next step, when ``held`` drafts are at hand, the certain token among them."""
+        ...
+
+    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
+        """Take what a step accepted in each row, and its time if it is known."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
+        ...
+
+
+class Fixed:
+    """TiDAR's one forward: always the same draft length and proposals.
+
+    Args:
+        draft_len: K, and the masks of a proposal.
+        proposals: ascending, among 1 … K; none with a draft length of 1.
+    """
+
+    def __init__(self, draft_len: int, proposals: tuple[int, ...]) -> None:
+        self._draft_len, self._proposals = draft_len, proposals
+
+    def open(self, rows: int) -> int:
+        return self._draft_len
+
+    def shape(self, held: int) -> Shape:
+        return Shape(held, self._proposals, self._draft_len)
+
+    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
+        pass
+
+    def select(self, rows: Sequence[int]) -> None:
+        pass
+
+
+class Autoregressive(Fixed):
+    """One token a forward."""
+
+    def __init__(self) -> None:
+        super().__init__(1, ())
+
+    def open(self, rows: int) -> int:
+        return 0
+
+
+class Alternating(Fixed):
+    """Two forwards in turn: one drafts after the last certain token, one verifies."""
+
+    def __init__(self, draft_len: int) -> None:
+        super().__init__(draft_len, ())
+
+    def shape(self, held: int) -> Shape:
+        if held > 1 or self._draft_len == 1:
+            return Shape(held, (), self._draft_len)
+        return Shape(1, (1,), self._draft_len)
+
+
+class Planning:
+    """Chooses method, draft length and proposals by what steps take and what they accepted.
+
+    Args:
+        draft_len: the longest draft.
+
+    Attributes:
+        plan: the one that steps follow now.
+        acceptance: what was seen.
+        times: of steps; to be set before the first shape is asked for.
+    """
+
+    times: Times
+
+    def __init__(self, draft_len: int) -> None:
+        self.plan = AR
+        self.acceptance = Acceptance()
+        self._draft_len = draft_len
+        self._plans = list(candidates(draft_len))
+        self._steps = self._idle = 0
+        self._block = draft_len  # masks in the blocks that made the drafts
+        self._behind: list[int] = []  # offset of the certain token in its row's block
+
+    def open(self, rows: int) -> int:
+        self._block, self._behind = self._draft_len, [0] * rows
+        return self._draft_len
+
+    def begin(self, times: Times) -> None:
+        """Plan with these times."""
+        self.times = times
+        self._replan()
+
+    def shape(self, held: int) -> Shape:
+        plan = self.plan
+        if not self.times.sure_of(1):  # what everything is compared with
+            return Shape(1, (), 1)
+        if plan.method == "ar":
+            probing = self._idle >= PROBE and self._draft_len > 1
+            return Shape(1, (1,), self._draft_len) if probing else Shape(1, (), 1)
+        k = min(plan.draft_len, held)
+        if k == 1:  # nothing is drafted
+            return Shape(1, (1,), plan.draft_len)
+        return Shape(k, tuple(j for j in plan.proposals if j <= k), plan.draft_len)
+
+    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
+        if seconds is not None:
+            self.times.update(shape.queries, seconds)
+        tested = []
+        for n, behind in zip(accepted, self._behind, strict=True):
+            count = min(shape.drafts, self._block - behind) - 1
+            if count > 0:
+                tested.append((behind + 1, count, min(n - 1, count)))
+        if tested:
+            self.acceptance.update(tested)
+        levels = [max((j for j in shape.proposals if j <= n), default=None) for n in accepted]
+        self._block = shape.masks
+        self._behind = [self._block if j is None else n - j for n, j in zip(accepted, levels, strict=True)]
+        self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
+        self._steps += 1
+        if self._steps % REPLAN == 0:
+            self._replan()
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._behind = [self._behind[r] for r in rows]
+
+    def _replan(self) -> None:
+        self.plan = best(self._plans, self.acceptance.rates(self._draft_len), self.times, self.plan)
