@@ -16,8 +16,13 @@ from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
 from tidar.decode.planner import Times
+from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
+from tidar.fast import obstacle
+from tidar.fast.decoder import FastDecoder
+from tidar.fast.engine import MOST, Engine
+from tidar.layout import all_proposals, check_proposals
 from tidar.model import CausalLM
 
 __all__ = ["Method", "Model", "load"]
@@ -33,9 +38,13 @@ class Model:
         core: the network and its tokenizer, for training and for decoders of one's own.
     """
 
-    def __init__(self, core: CausalLM) -> None:
+    def __init__(self, core: CausalLM, *, fast: bool | None = None) -> None:
         self.core = core
         self._times: dict[int, Times] = {}  # what steps take here, learned by `auto`
+        why = "it was not asked for" if fast is False else obstacle(core)
+        if fast and why is not None:
+            raise TidarError(f"no fast path: {why}; leave it to choose by itself")
+        self._engine = Engine(core) if why is None else None
 
     @property
     def draft_len(self) -> int:
@@ -132,7 +141,8 @@ class Model:
             given = draft_len is not None or proposals is not None or acceptance != "gumbel" or beta != 1
             method = "tidar" if given else "auto"
         if method == "ar":
-            return lambda: ArDecoder(self.core)
+            engine = self._engine
+            return lambda: ArDecoder(self.core) if engine is None else FastDecoder(engine, Autoregressive())
         if method not in get_args(Method):
             raise TidarError(f"method '{method}' is unknown: use one of {', '.join(get_args(Method))}")
         if method in ("linear", "auto") and (proposals is not None or beta < 1):
@@ -151,15 +161,31 @@ class Model:
                 f"draft length {length} is beyond the {max(trained)} the model was trained for: drafts will be poor",
                 stacklevel=3,
             )
+        if self._engine is not None and acceptance == "gumbel" and beta == 1 and length <= MOST:
+            return self._fast_maker(self._engine, method, length, proposals)
         if method == "auto":
             return lambda: PlannedDecoder(self.core, draft_len=length, times=self._times)
         if method == "linear":
             return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
         return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)
 
+    def _fast_maker(
+        self, engine: Engine, method: Method, length: int, proposals: Sequence[int] | None
+    ) -> Callable[[], Decoder]:
+        if method == "auto":
+            return lambda: FastDecoder(engine, Planning(length))
+        if method == "linear":
+            return lambda: FastDecoder(engine, Alternating(length))
+        chosen = check_proposals(length, all_proposals(length) if proposals is None else proposals)
+        return lambda: FastDecoder(engine, Fixed(length, chosen if length > 1 else ()))
+
 
 def load(
-    path_or_hub_id: str | os.PathLike[str] | None = None, *, device: str | None = None, dtype: str | None = None
+    path_or_hub_id: str | os.PathLike[str] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    fast: bool | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -167,15 +193,18 @@ def load(
         path_or_hub_id: local folder or hub id; the reference checkpoint that ships with the package by default.
         device: ``cuda`` where there is one, else ``cpu``.
         dtype: float32 on CPU and the checkpoint's own elsewhere by default.
+        fast: decode with captured steps (`tidar.fast`), or never; by default where it is possible. The tokens are the
+            same in float32.
 
     Raises:
-        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available.
+        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available; no fast path though one
+            was asked for.
     """
     import torch
 
     path = checkpoint.embedded_checkpoint() if path_or_hub_id is None else path_or_hub_id
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype))
+    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype), fast=fast)
 
 
 def _positive(batch_size: int) -> int:

@@ -1,10 +1,11 @@
-"""Llama-shaped models with few, large operations, beside the general path through transformers' modules.
+"""Llama-shaped models as few launches over query rows, beside the general path through transformers' modules.
 
-Query, key and value projections are one product, gate and up another; everything else is what a graph or a compiler can
-fuse. The fused weights take the place of the model's own, which become views of them: nothing is held twice, and the
-general path gives the same result as before.
+Query, key and value projections are one product, gate and up another, and norms, activations and residuals belong to
+the products beside them (`tidar.kernels.products`). The fused weights take the place of the model's own, which become
+views of them: nothing is held twice, and the general path gives the same result as before.
 
-Legend: B rows, L queries, D width of the hidden state, Hq query heads, Hk key heads, H head width, F of the MLP.
+Legend: N query rows, D width of the hidden state, A heads (queries, keys, values), H head width, F of the MLP, V
+vocabulary, W width of the transition.
 """
 
 from __future__ import annotations
@@ -15,26 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
+from tidar.kernels.product_tiles import ProductTiles, default_tiles
 from tidar.model import CausalLM
 
-__all__ = ["FAMILIES", "Attend", "LeanModel"]
+__all__ = ["FAMILIES", "Attend", "Layer", "LeanModel", "refusal"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Pre-norm, RMS norms, rotary positions, gated SiLU, no other scaling."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries (B, L, Hq, H), keys and values (B, L, Hk, H) to outputs (B, L, Hq, H); caches are the caller's."""
-
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
+class Layer:
     """Weights of one layer; None for what a family does not have."""
 
     norm: Tensor
-    qkv: Tensor  # ((Hq + 2·Hk)·H, D)
+    qkv: Tensor  # (A·H, D)
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -45,6 +44,26 @@ class _Layer:
     gate_up_bias: Tensor | None
     down: Tensor  # (D, F)
     down_bias: Tensor | None
+    window: int | None
+
+
+Attend = Callable[[int, Layer, Tensor], Tensor]
+"""Number of a layer, the layer, and its heads as projected (N, A, H), to what they attend to (N, Hq·H)."""
+
+
+def refusal(core: CausalLM) -> str | None:
+    """Why the model has no lean form, or None if it has one."""
+    hf: Any = core.hf
+    config = hf.config
+    if config.model_type not in FAMILIES:
+        return f"model family '{config.model_type}' has no fast path"
+    if config.hidden_act != "silu":
+        return f"activation '{config.hidden_act}' has no fast path"
+    if core.hard_limit:
+        return "rotary embeddings that change with the text's length have no fast path"
+    if hf.get_output_embeddings().bias is not None:
+        return "a head with a bias has no fast path"
+    return None
 
 
 class LeanModel:
@@ -52,82 +71,122 @@ class LeanModel:
 
     Args:
         core: the model; its projections become views of the fused ones.
+        ops: the kernels or their plain twins (`tidar.fast.ops`).
 
     Attributes:
+        core: the model.
+        layers: its layers' weights.
+        heads, kv_heads, head_dim: Hq, Hk, H.
         scale: factor on attention scores.
-        windows: the sliding window of each layer, or None.
+        eps: of the norms.
+        embedding: (V, D).
+        norm: (D,), of the last norm.
+        head: (V, D).
+        tiles: how products are cut up, by kind, rows of the weight, its depth and N, where measuring has found better
+            than `default_tiles`.
 
     Raises:
         TidarError: another family, or a variant with something this path does not do.
     """
 
-    def __init__(self, core: CausalLM) -> None:
+    def __init__(self, core: CausalLM, ops: Any) -> None:
+        if (why := refusal(core)) is not None:
+            raise TidarError(f"{why}: use the general one")
         hf: Any = core.hf
-        config = hf.config
-        if config.model_type not in FAMILIES:
-            raise TidarError(f"model family '{config.model_type}' has no fast path: use the general one")
-        if config.hidden_act != "silu":
-            raise TidarError(f"activation '{config.hidden_act}' has no fast path: use the general one")
-        body = hf.base_model
+        config, body = hf.config, hf.base_model
         attentions = [layer.self_attn for layer in body.layers]
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.core, self._ops = core, ops
+        self.tiles: dict[tuple[str, int, int, int], ProductTiles | None] = {}
+        self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim: int = attentions[0].head_dim
         self.scale: float = attentions[0].scaling
+        self.eps: float = config.rms_norm_eps
         # Mistral's layers ask their config, the others know their own.
         common = config.sliding_window if config.model_type == "mistral" else None
-        self.windows: tuple[int | None, ...] = tuple(getattr(a, "sliding_window", common) for a in attentions)
-        self._eps: float = config.rms_norm_eps
-        self._table: Tensor = body.embed_tokens.weight
-        self._last: Tensor = body.norm.weight
-        self._rotary = body.rotary_emb
-        self._layers = [_layer(layer) for layer in body.layers]
+        windows = [getattr(a, "sliding_window", common) for a in attentions]
+        self.layers = [_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)]
+        self.embedding: Tensor = body.embed_tokens.weight.detach()
+        self.norm: Tensor = body.norm.weight.detach()
+        self.head: Tensor = hf.get_output_embeddings().weight.detach()
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Last hidden states (B, L, D) of ``tokens`` (B, L) at ``positions`` (B, L)."""
-        rows, queries = tokens.shape
-        x = embedding(tokens, self._table)
-        cos, sin = (part[:, :, None] for part in self._rotary(x, positions))
-        sizes = [self.heads, self.kv_heads, self.kv_heads]
-        for number, layer in enumerate(self._layers):
-            heads = linear(self._norm(x, layer.norm), layer.qkv, layer.qkv_bias)
-            q, k, v = torch.split(heads.view(rows, queries, -1, self.head_dim), sizes, 2)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-            mixed = attend(number, _turned(q, cos, sin), _turned(k, cos, sin), v)
-            x = x + linear(mixed.reshape(rows, queries, -1), layer.out, layer.out_bias)
-            gate, up = linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            x = x + linear(silu(gate) * up, layer.down, layer.down_bias)
-        return self._norm(x, self._last)
+    @torch.no_grad()
+    def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (positions, H) of the rotary embedding, in the model's dtype."""
+        body: Any = self.core.hf.base_model
+        at = torch.arange(positions, device=self.embedding.device)[None]
+        cos, sin = body.rotary_emb(self.embedding[:1, None], at)
+        return cos[0].contiguous(), sin[0].contiguous()
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        # fp32 inside whatever the dtype, as the models' own.
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)).to(x.dtype)
+    @torch.no_grad()
+    def transition(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What drafting with the core's transition needs: its gate's weight (W, D), what each token before brings to
+        the gate (V, W), and what the gate brings to each token's logit (V, W)."""
+        made = self.core.transition
+        if made is None:
+            return None
+        wide = torch.promote_types(self.embedding.dtype, torch.float32)
+        table = rms_norm(self.embedding.to(wide), self.embedding.shape[1:])
+        mix = linear(self.head.to(wide), made.out.weight.to(wide).T)
+        brought = linear(table, made.token.weight.to(wide))
+        return made.state.weight.detach(), brought.to(self.embedding.dtype), mix.to(self.embedding.dtype)
+
+    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
+        """Last hidden states (N, D), before the last norm, of embeddings ``x`` (N, D), which are overwritten."""
+        ops, eps, cut = self._ops, self.eps, self.cut
+        for number, layer in enumerate(self.layers):
+            tiles = cut("norm_linear", layer.qkv, len(x))
+            heads = ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=eps, tiles=tiles)
+            mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
+            ops.linear_add(x, mixed, layer.out, layer.out_bias, tiles=cut("linear_add", layer.out, len(x)))
+            tiles = cut("norm_gated", layer.gate_up, len(x))
+            gated = ops.norm_gated(x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=eps, tiles=tiles)
+            ops.linear_add(x, gated, layer.down, layer.down_bias, tiles=cut("linear_add", layer.down, len(x)))
+        return x
+
+    def logits(self, x: Tensor, rows: Tensor | None, *, norm: bool = True) -> Tensor:
+        """Logits (R, V) float32 (float64 of a float64 model) of the hidden states ``x[rows]``; rows (R,) int32."""
+        count = len(x if rows is None else rows)
+        return self.wide(x, self.norm if norm else None, self.head, self.eps, rows, count)
+
+    def wide(
+        self, x: Tensor, norm: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None, count: int
+    ) -> Tensor:
+        """A product (R, F) of ``x[rows]``, normed, in float32 at least."""
+        out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        tiles = self.cut("norm_linear", weight, count)
+        made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles)
+        return made
+
+    def cut(self, kind: str, weight: Tensor, count: int) -> ProductTiles | None:
+        """How a product of ``count`` rows with ``weight`` is cut up; None is cuBLAS."""
+        features, depth = weight.shape
+        key = kind, features, depth, count
+        return self.tiles[key] if key in self.tiles else default_tiles(count, features, depth, weight.element_size())
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
-def _layer(layer: Any) -> _Layer:
+def _layer(layer: Any, window: int | None) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv, qkv_bias = _fused([attention.q_proj, attention.k_proj, attention.v_proj])
     gate_up, gate_up_bias = _fused([mlp.gate_proj, mlp.up_proj])
-    return _Layer(
-        norm=layer.input_layernorm.weight,
+    return Layer(
+        norm=layer.input_layernorm.weight.detach(),
         qkv=qkv,
         qkv_bias=qkv_bias,
-        q_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
-        k_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
-        out=attention.o_proj.weight,
-        out_bias=attention.o_proj.bias,
-        mlp_norm=layer.post_attention_layernorm.weight,
+        q_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+        k_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+        out=attention.o_proj.weight.detach(),
+        out_bias=_bias(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=gate_up,
         gate_up_bias=gate_up_bias,
-        down=mlp.down_proj.weight,
-        down_bias=mlp.down_proj.bias,
+        down=mlp.down_proj.weight.detach(),
+        down_bias=_bias(mlp.down_proj),
+        window=window,
     )
+
+
+def _bias(part: nn.Linear) -> Tensor | None:
+    return None if part.bias is None else part.bias.detach()
 
 
 @torch.no_grad()

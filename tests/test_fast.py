@@ -1,0 +1,165 @@
+"""Decoding by captured steps, here with the kernels' plain twins and uncaptured: the same tokens as the plain path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidar.api import Model
+from tidar.checkpoint import load_model
+from tidar.config import SamplingParams
+from tidar.decode import generation
+from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy, Shape
+from tidar.errors import TidarError
+from tidar.fast.decoder import FastDecoder
+from tidar.fast.engine import Engine
+from tidar.fast.lean import FAMILIES
+from tidar.layout import all_proposals
+
+PROMPTS = [
+    list(b"def add(a, b):"),
+    list(b"x"),
+    list(b"class Tree:\n    def __init__(self"),
+    list(b"import os"),
+    [7] * 70,
+]
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "ar": Autoregressive,
+    "k1": lambda: Fixed(1, ()),
+    "k3": lambda: Fixed(3, all_proposals(3)),
+    "k6": lambda: Fixed(6, all_proposals(6)),
+    "pruned": lambda: Fixed(6, (2, 5)),
+    "linear": lambda: Alternating(5),
+}
+
+
+class Restless:
+    """Another shape every step."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def open(self, rows: int) -> int:
+        return 6
+
+    def shape(self, held: int) -> Shape:
+        self.turn += 1
+        wanted = [
+            Shape(held, all_proposals(held), 6),
+            Shape(1, (), 1),
+            Shape(min(held, 3), (1,), 4),
+            Shape(held, (), 1),
+        ]
+        return wanted[self.turn % 4]
+
+    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
+        assert all(1 <= n <= shape.drafts for n in accepted)
+
+    def select(self, rows: Sequence[int]) -> None:
+        pass
+
+
+def params(**options: float) -> list[SamplingParams]:
+    return [
+        SamplingParams(max_new_tokens=9 + 7 * n, seed=n, **options)  # type: ignore[arg-type]
+        for n in range(len(PROMPTS))
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(converted: Callable[[str], Path]) -> Engine:
+    return Engine(load_model(converted("qwen3"), dtype="float64"), plain=True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.9, "top_p": 0.9}, {"temperature": 1.1, "top_k": 9, "repetition_penalty": 1.3}]
+)
+def test_tokens_are_those_of_the_plain_path(
+    engine: Engine, qwen3: Model, policy: str, ahead: int, options: dict[str, float]
+) -> None:
+    each = params(**options)
+    expected = qwen3.generate(PROMPTS, each, method="ar")
+    found = generation.generate(
+        engine.core, PROMPTS, each, lambda: FastDecoder(engine, POLICIES[policy](), ahead=ahead), len(PROMPTS)
+    )
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    if policy == "ar":
+        assert [c.forwards for c in found] == [c.forwards for c in expected]
+
+
+def test_changing_shapes_changes_no_token(engine: Engine, qwen3: Model) -> None:
+    each = params(temperature=0.8, top_p=0.95)
+    expected = qwen3.generate(PROMPTS, each, method="ar")
+    found = generation.generate(engine.core, PROMPTS, each, lambda: FastDecoder(engine, Restless()), 3)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, converted: Callable[[str], Path]) -> None:
+    core = load_model(converted(family), dtype="float64")
+    expected = Model(core).generate(PROMPTS, params(), method="ar")
+    engine = Engine(load_model(converted(family), dtype="float64"), plain=True)
+    found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(4, (1, 2, 4))), 3)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def test_reference_checkpoint_drafts_as_on_the_plain_path() -> None:
+    """With a transition, and real acceptance: as many forwards as the plain path, not only the same tokens."""
+    import tidar
+
+    plain = tidar.load(dtype="float64")
+    prompts = [plain.core.tokenizer(text)["input_ids"] for text in ("def fib(n):\n", "import os\n\n\nclass Walker:\n")]
+    each = [SamplingParams(max_new_tokens=24), SamplingParams(max_new_tokens=24, temperature=0.7, seed=3)]
+    expected = plain.generate(prompts, each, method="tidar", draft_len=8)
+    engine = Engine(tidar.load(dtype="float64").core, plain=True)
+    found = generation.generate(engine.core, prompts, each, lambda: FastDecoder(engine, Fixed(8, all_proposals(8))), 2)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert [c.forwards for c in found] == [c.forwards for c in expected]
+    assert sum(c.tokens_per_forward for c in found) > 3
+
+
+def test_rows_and_pages_are_used_again(engine: Engine) -> None:
+    def run() -> list[list[int]]:
+        found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(3, (1, 3))), 5)
+        return [c.token_ids for c in found]
+
+    first = run()
+    assert engine._pages is not None
+    free, slots = engine._pages.free, len(engine._slots)
+    assert run() == first
+    assert (engine._pages.free, len(engine._slots)) == (free, slots)
+
+
+def test_two_streams_at_once_do_not_meet(engine: Engine, qwen3: Model) -> None:
+    each = [SamplingParams(max_new_tokens=30)]
+
+    def stream(prompt: list[int]) -> list[int]:
+        return qwen3.generate([prompt], each, method="ar")[0].token_ids
+
+    def fast(prompt: list[int]) -> generation.Iterator[generation.Chunk]:
+        return generation.stream(engine.core, [prompt], each, lambda: FastDecoder(engine, Fixed(3, (1, 2, 3))), 1)
+
+    streams = [fast(p) for p in PROMPTS[:3]]
+    tokens: list[list[int]] = [[], [], []]
+    for _ in range(30):
+        for mine, running in zip(tokens, streams, strict=True):
+            mine += next(
+                running, generation.Chunk(index=0, token_ids=[], text="", forwards=0, finish_reason=None)
+            ).token_ids
+    assert tokens == [stream(p) for p in PROMPTS[:3]]
+
+
+def test_nan_is_an_error(converted: Callable[[str], Path]) -> None:
+    core = load_model(converted("qwen3"), dtype="float32")
+    engine = Engine(core, plain=True)
+    decoder = FastDecoder(engine, Autoregressive())
+    with torch.inference_mode():
+        decoder.prefill(PROMPTS[:1], params()[:1])
+        engine.network.lean.norm.fill_(torch.nan)
+        with pytest.raises(TidarError, match="NaN or infinite logits"):
+            decoder.step()

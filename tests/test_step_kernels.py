@@ -1,0 +1,131 @@
+"""The kernels before and behind the network, against their plain twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tidar.errors import TidarError
+from tidar.kernels import reference_step as plain
+
+pytest.importorskip("triton")
+from tidar.kernels import accept as fused
+from tidar.kernels.rotate import rotate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize(("heads", "kv", "width"), [(6, 2, 64), (3, 1, 24), (4, 4, 16)])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate(heads: int, kv: int, width: int, normed: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, queries, page, pages = 3, 5, 4, 9
+    lengths, counts = ints(6, 0, 11), ints(5, 3, 0)
+    table = torch.randperm(pages, device=DEVICE)[: 3 * 3].view(3, 3).int()
+    projected = torch.randn(rows, queries, heads + 2 * kv, width, device=DEVICE).to(dtype)
+    angle = torch.randn(14, width // 2, device=DEVICE).repeat(1, 2)
+    norms = [torch.randn(width, device=DEVICE).to(dtype) if normed else None for _ in range(2)]
+    offsets = ints(0, 1, 2, 1, 9)  # the last is behind the end of the rotary table in two rows
+    results = []
+    for run in (plain.rotate, rotate):
+        stores = [torch.full((pages, page, kv, width), torch.nan, device=DEVICE).to(dtype) for _ in range(2)]
+        turn = angle.cos().to(dtype), angle.sin().to(dtype)
+        q, k, v = run(projected, *norms, *turn, offsets, *stores, table, lengths, counts, eps=1e-6)
+        results.append((q, k, v, *stores))
+    for mine, theirs in zip(*results, strict=True):
+        close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(theirs, mine, equal_nan=True, **close)
+    written = ~results[1][3].isnan().all(-1).all(-1)
+    # Row 2's table ends after 12 tokens, and it writes none; rows 0 and 1 write 5 and 3.
+    assert int(written.sum()) == 8
+
+
+def test_rotate_drops_what_its_table_has_no_page_for() -> None:
+    stores = [torch.zeros(3, 2, 1, 16, device=DEVICE) for _ in range(2)]
+    heads = torch.ones(2, 2, 3, 16, device=DEVICE)
+    turn = torch.ones(8, 16, device=DEVICE), torch.zeros(8, 16, device=DEVICE)
+    table = ints(1, 2).view(2, 1)
+    rotate(heads, None, None, *turn, ints(0, 1), *stores, table, ints(1, 0), ints(2, 2), eps=1e-6)
+    assert stores[1][:, :, 0, 0].tolist() == [[0, 0], [0, 1], [1, 1]]
+
+
+def test_rotate_refuses_what_does_not_fit() -> None:
+    heads, stores = torch.ones(1, 2, 4, 16, device=DEVICE), [torch.zeros(3, 2, 1, 16, device=DEVICE)] * 2
+    turn = [torch.ones(8, 16, device=DEVICE)] * 2
+    rest = ints(1).view(1, 1), ints(0), ints(1)
+    with pytest.raises(TidarError, match="offsets must be int32"):
+        rotate(heads, None, None, *turn, ints(0), *stores, *rest, eps=1e-6)
+    with pytest.raises(TidarError, match="both or not at all"):
+        rotate(heads, turn[0][0], None, *turn, ints(0, 1), *stores, *rest, eps=1e-6)
+    with pytest.raises(TidarError, match="are not queries and"):
+        rotate(heads[:, :, :2].contiguous(), None, None, *turn, ints(0, 1), *stores, *rest, eps=1e-6)
+
+
+def test_embed() -> None:
+    table = torch.randn(7, 24, device=DEVICE)
+    drafts = ints(1, 2, 3, 4, 5, 6, dtype=torch.long).view(2, 3)
+    for count, queries in ((2, 5), (3, 3), (1, 1)):
+        expected = plain.embed(drafts, table, 6, queries, count)
+        assert torch.equal(fused.embed(drafts, table, 6, queries, count), expected)
+        assert torch.equal(expected[:, :count], table[drafts[:, :count]])
+
+
+@pytest.mark.parametrize("proposals", [(1, 2, 3, 4), (2, 4), (3,), ()])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_accept(proposals: tuple[int, ...], bad: int) -> None:
+    """Every number of accepted drafts, against the twin and against what it should be, written out."""
+    rows, k, most, vocab = 5, 4, 6, 50
+    masks = k if proposals else 1
+    queries = k + len(proposals) * k if proposals else k
+    kept = [max((i for i, j in enumerate(proposals) if j <= n), default=-1) for n in range(k + 1)]
+    drafts = torch.arange(10, 10 + rows * most, device=DEVICE).view(rows, most) % vocab
+    sampled = torch.cat([drafts[:, 1:k], drafts[:, :1] + 7], 1)
+    for row, wrong in enumerate((0, 1, 2)):
+        sampled[row, wrong] += 1
+    expected = [1, 2, 3, 4, 4]
+    outcomes = []
+    for run in (plain.accept, fused.accept):
+        state = {
+            "drafts": drafts.clone(),
+            "lengths": ints(5, 6, 7, 8, 3),
+            "limits": ints(99, 99, 99, 10, 3),
+            "tickets": ints(0, 1, 2, 3, 6),
+            "ring": torch.zeros(4, rows, 1 + most, dtype=torch.int32, pin_memory=DEVICE == "cuda"),
+            "bad": ints(bad),
+            "seen": torch.zeros(rows, vocab, dtype=torch.bool, device=DEVICE),
+        }
+        states, made = run(
+            sampled.contiguous(),
+            **state,
+            levels=ints(*(proposals or (0,)), dtype=torch.long),
+            kept=ints(*kept, dtype=torch.long),
+            masks=masks,
+            queries=queries,
+        )
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        outcomes.append({**state, "states": states, "made": made})
+    for name, mine in outcomes[0].items():
+        assert torch.equal(mine, outcomes[1][name]), name
+    got = outcomes[1]
+    assert got["lengths"].tolist() == [6, 8, 10, 10, 3]
+    assert got["tickets"].tolist() == [1, 2, 3, 4, 7]
+    for row, n in enumerate(expected):
+        entry = got["ring"][[0, 1, 2, 3, 2][row], row].tolist()
+        assert entry[: 1 + n] == [-1 if bad else n, *sampled[row, :n].tolist()]
+        assert got["drafts"][row].tolist() == [int(sampled[row, n - 1]), *drafts[row, 1:].tolist()]
+        assert set(got["seen"][row].nonzero().flatten().tolist()) == set(sampled[row, :n].tolist())
+        for j in range(1, masks):
+            level = max((p for p in proposals if p <= n), default=None)
+            there = level is not None and j + n - level < masks
+            assert bool(got["made"][row, j - 1]) == there
+            if level is not None and there:
+                at = row * queries + k + proposals.index(level) * masks + j + n - level
+                assert int(got["states"][row, j - 1]) == at
+    assert bool((got["states"] >= 0).all()) and bool((got["states"] < rows * queries).all())

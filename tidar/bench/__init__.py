@@ -1,0 +1,1 @@
+"""Measuring steps and decoding on a GPU, against what the hardware allows."""

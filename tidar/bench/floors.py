@@ -1,0 +1,105 @@
+"""The least time a step can take: its bytes over the memory's rate, its operations over the matrix units' rate.
+
+Both rates are measured on the GPU at hand, not read from a data sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+
+from tidar.decode.policy import Shape
+from tidar.fast.lean import LeanModel
+
+__all__ = ["Floor", "Rates", "floor", "interleaved", "rates"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU does at best.
+
+    Attributes:
+        bandwidth: bytes a second, read and written, of a large copy on the device.
+        matmul: floating-point operations a second of a large bf16 product of random matrices.
+    """
+
+    bandwidth: float
+    matmul: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Of one step.
+
+    Attributes:
+        bytes: weights, prefix, own keys and values, read or written once.
+        flops: of the products and the attention, padding not counted.
+        seconds: the larger of both over their rates.
+        bound: ``memory`` or ``compute``.
+    """
+
+    bytes: float
+    flops: float
+    seconds: float
+    bound: str
+
+
+def rates(device: torch.device) -> Rates:
+    """Measured now; takes a second."""
+    source = torch.randn(2**29, device=device)  # 2 GiB, far more than any cache
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    copy, product = interleaved([lambda: target.copy_(source), lambda: torch.mm(a, b, out=out)], rounds=9)
+    return Rates(2 * source.nbytes / copy, 2 * 8192**3 / product)
+
+
+def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates, *, weight_bytes: float = 2) -> Floor:
+    """Of a step of ``rows`` in ``shape`` behind ``prefix`` tokens each.
+
+    The head computes the rows that are read: K drafts, and the M - 1 masks of the chosen proposal.
+    """
+    layers, width = lean.layers, lean.embedding.shape[1]
+    weights = sum(w.numel() for layer in layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    head = lean.head.numel()
+    queries = rows * shape.queries
+    read = rows * (shape.drafts + (shape.masks - 1 if shape.proposals else 0))
+    token = 2 * len(layers) * lean.kv_heads * lean.head_dim * lean.embedding.element_size()
+    k, p, m = shape.drafts, len(shape.proposals), shape.masks
+    own = k * (k + 1) / 2 + sum(m * (level + m) for level in shape.proposals)
+    attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * (k + p * m) + own)
+    moved = weight_bytes * (weights + head) + token * rows * (prefix + k) + 2 * queries * width
+    flops = 2.0 * weights * queries + 2.0 * head * read + attention
+    by_memory, by_compute = moved / rate.bandwidth, flops / rate.matmul
+    bound = "memory" if by_memory >= by_compute else "compute"
+    return Floor(moved, flops, max(by_memory, by_compute), bound)
+
+
+def interleaved(calls: Sequence[Callable[[], object]], *, rounds: int, repeat: int = 1) -> list[float]:
+    """Median seconds of each call on the GPU: all of them in turn, so many rounds, so that drift meets all alike.
+
+    Args:
+        calls: what to time; each launches work and waits for nothing.
+        rounds: times that each is timed, after one round that is not.
+        repeat: calls between two events; for what takes a few microseconds.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 1):
+        for kept, call in zip(times, calls, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(repeat):
+                call()
+            end.record()
+            end.synchronize()
+            if turn:
+                kept.append(start.elapsed_time(end) / 1e3 / repeat)
+    return [median(each) for each in times]
+
+
+def as_dict(found: Floor | Rates) -> dict[str, object]:
+    """For a JSON line."""
+    return asdict(found)

@@ -1,0 +1,179 @@
+"""What decoders of one model on one device share: kernels, cache, captured graphs, and rows to decode with.
+
+Legend: B rows, M masks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tidar.config import SamplingParams
+from tidar.decode.base import PREFILL_PIECE
+from tidar.decode.policy import Shape
+from tidar.errors import TidarError
+from tidar.fast import ops
+from tidar.fast.lean import LeanModel
+from tidar.fast.pages import Pages, pages_for
+from tidar.fast.slots import Slots
+from tidar.fast.step import Flags, Network, Step, StepLayout
+from tidar.kernels.workspace import Workspace
+from tidar.model import CausalLM
+
+__all__ = ["MOST", "ROWS", "Engine"]
+
+MOST = 64
+"""Longest draft."""
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Batches that graphs are captured for; others are padded."""
+PIECES = (64, 256, PREFILL_PIECE)
+"""Prompt parts of one forward; others are padded. Few, because each is compiled for."""
+
+
+class Engine:
+    """Decoding on the device alone.
+
+    Args:
+        core: a model that `tidar.fast.lean.refusal` does not refuse.
+        plain: run the kernels' plain twins, uncaptured, on any device; for tests.
+
+    Attributes:
+        core: the model.
+        plain: as given.
+        network: its lean form.
+    """
+
+    def __init__(self, core: CausalLM, *, plain: bool = False) -> None:
+        self.core, self.plain = core, plain
+        kernels = ops.load(plain=plain)
+        self.network = Network(LeanModel(core, kernels), kernels, core.max_positions + MOST)
+        self._pages: Pages | None = None
+        self._slots: list[tuple[Slots, weakref.ref[object]]] = []
+
+    def open(
+        self, user: object, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> tuple[Slots, list[list[int]]]:
+        """Rows for these prompts, and the pages they hold, until ``user`` is gone."""
+        wanted = [
+            pages_for(min(len(p) + each.max_new_tokens, self.core.max_positions))
+            for p, each in zip(prompts, params, strict=True)
+        ]
+        pages = self._room(sum(wanted))
+        taken = [pages.take(count) for count in wanted]
+        slots = self.slots(user, len(prompts), pages)
+        slots.open(prompts, params, taken)
+        return slots, taken
+
+    def slots(self, user: object, rows: int, pages: Pages) -> Slots:
+        """Idle rows, at least so many, that belong to ``user`` while it lives."""
+        size = next((n for n in ROWS if n >= rows), rows)
+        for at, (slots, owner) in enumerate(self._slots):
+            if slots.rows == size and slots.pages is pages and owner() is None:
+                self._slots[at] = slots, weakref.ref(user)
+                return slots
+        width = pages_for(self.core.max_positions + MOST)
+        made = Slots(size, MOST, self.core.vocab_size, width, pages, self.core.device)
+        self._slots.append((made, weakref.ref(user)))
+        return made
+
+    def _room(self, count: int) -> Pages:
+        """Pages of which ``count`` are free."""
+        if self._pages is None or self._pages.free < count:
+            # Graphs hold the addresses of the old ones: they go when nobody decodes with them.
+            self._slots = [(slots, owner) for slots, owner in self._slots if owner() is not None]
+            self._pages = None
+            lean = self.network.lean
+            size = max(64, 1 << (count - 1).bit_length())
+            layers, dtype = len(lean.layers), lean.embedding.dtype
+            self._pages = Pages(layers, size, lean.kv_heads, lean.head_dim, dtype=dtype, device=self.core.device)
+        return self._pages
+
+    def step(self, slots: Slots, shape: Shape, flags: Flags) -> Callable[[], object]:
+        """A step of these rows that waits for nothing: a captured graph, or the twins."""
+        return slots.once((shape, flags), lambda: self._ready(slots, Step(self.network, slots, shape, flags)))
+
+    def _ready(self, slots: Slots, step: Step) -> Callable[[], object]:
+        if self.plain or self.core.device.type != "cuda":
+            return step
+        # Kernels are compiled, and libraries make their handles, outside of the capture.
+        with slots.untouched():
+            step()
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def prefill(self, slots: Slots, prompts: Sequence[Sequence[int]], masks: int, flags: Flags) -> tuple[Tensor, int]:
+        """Compute the prompts, each alone; leave certain token and drafts in ``slots``.
+
+        Returns:
+            The certain tokens (B,) on the device, and the forwards that the longest prompt took.
+        """
+        network = self.network
+        device, width = slots.device, network.lean.embedding.shape[1]
+        last = torch.zeros(slots.rows, 1 + masks, width, dtype=network.lean.embedding.dtype, device=device)
+        forwards = 0
+        for row, prompt in enumerate(prompts):
+            starts = range(0, len(prompt), PREFILL_PIECE)
+            forwards = max(forwards, len(starts))
+            for start in starts:
+                piece = prompt[start : start + PREFILL_PIECE]
+                end = start + len(piece) == len(prompt)
+                hidden = self._piece(slots, row, piece, masks if end else 0)
+                slots.lengths[row] = start + len(piece)
+            last[row] = hidden
+        base = torch.arange(slots.rows, dtype=torch.int32, device=device)[:, None] * (1 + masks)
+        x = last.view(-1, width)
+        certain = network.sample(x, base, slots, flags, first=0, drafts=None)
+        slots.drafts[:, :1] = certain
+        if flags.penalty:
+            slots.seen.scatter_(1, certain, True)
+        if masks > 1:
+            states = base + torch.arange(2, 1 + masks, dtype=torch.int32, device=device)
+            made = torch.ones(states.shape, dtype=torch.bool, device=device)
+            network.draft(x, states, made, slots, flags)
+        return certain[:, 0], forwards
+
+    def _piece(self, slots: Slots, row: int, piece: Sequence[int], masks: int) -> Tensor:
+        """Hidden states (1 + masks, D) of a piece's last token and of the masks behind it."""
+        network, device = self.network, slots.device
+        lean, count = network.lean, len(piece)
+        size = next(n for n in PIECES if n >= count)
+        tokens = torch.zeros(1, size, dtype=torch.long)
+        tokens[0, :count] = torch.tensor(piece)
+        offsets = torch.tensor([*range(size), *range(count, count + masks)], dtype=torch.int32)
+        one = slice(row, row + 1)
+        layout = StepLayout(
+            causal=size,
+            offsets=offsets.to(device),
+            levels=torch.tensor([count] if masks else [], dtype=torch.long, device=device),
+            counts=torch.tensor([count], dtype=torch.int32, device=device),
+            lengths=slots.lengths[one],
+            table=slots.table[one],
+            workspace=slots.once(
+                ("prefill", size, masks),
+                lambda: Workspace.for_step(
+                    1,
+                    size + masks,
+                    lean.heads,
+                    lean.kv_heads,
+                    lean.head_dim,
+                    2048,
+                    dtype=lean.embedding.dtype,
+                    device=device,
+                ),
+            ),
+        )
+        x = network.hidden(tokens.to(device), layout, slots)
+        return torch.cat([x[count - 1 : count], x[size:]])
+
+
+def supported(draft_len: int) -> None:
+    """`TidarError` for a draft longer than `MOST`."""
+    if draft_len > MOST:
+        raise TidarError(f"draft length {draft_len} is more than the {MOST} of the fast path")

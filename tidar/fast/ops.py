@@ -1,0 +1,33 @@
+"""The kernels of a step, or their plain twins where there is no GPU; the same names and arguments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+__all__ = ["load"]
+
+
+def load(*, plain: bool) -> Any:
+    """A namespace with ``embed``, ``norm_linear``, ``norm_gated``, ``linear_add``, ``norm``, ``rotate``, ``attend``,
+    ``sample``, ``accept``, ``chain``, and ``exchange``, the memory of the last.
+
+    Args:
+        plain: the twins, which read device values on the host; else Triton's kernels, which a CUDA graph can capture.
+    """
+    names: dict[str, Any] = {}
+    if plain:
+        from tidar.fast import plain_sample
+        from tidar.kernels import reference, reference_chain, reference_products, reference_step
+
+        for module in (reference, reference_chain, reference_products, plain_sample, reference_step):
+            names |= {name: getattr(module, name) for name in module.__all__}
+        names["exchange"] = lambda *_: None
+    else:
+        from tidar.kernels import accept, chain, products, rotate, sample, step_attention
+
+        for module in (accept, chain, products, rotate, sample, step_attention):
+            names |= {name: getattr(module, name) for name in module.__all__}
+        make = chain.Exchange.for_step
+        names["exchange"] = lambda rows, places, vocab, device: make(rows, places, vocab, device=device)
+    return SimpleNamespace(**names)

@@ -1,0 +1,107 @@
+"""The state of rows that step together, on the device, at addresses that never change: captured graphs hold them.
+
+Legend: B rows, K drafts at most, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tidar.config import SamplingParams
+from tidar.fast.pages import Pages, table_row
+from tidar.kernels.params import DeviceParams
+
+__all__ = ["DEPTH", "Slots"]
+
+DEPTH = 16
+"""Steps that may be in flight before the first of their results is read."""
+
+T = TypeVar("T")
+
+
+class Slots:
+    """B rows. A row at rest has its length at its limit, which no step moves.
+
+    Attributes:
+        rows: B.
+        most: K.
+        pages: the cache.
+        table: (B, n) int32, pages of each row.
+        lengths: (B,) int32, committed tokens.
+        limits: (B,) int32.
+        drafts: (B, K) int64; the first is certain, its key and value are not in the cache yet.
+        params: sampling parameters.
+        seen: (B, V) bool, tokens of each row's text, for penalties.
+        tickets: (B,) int32, steps so far.
+        ring: (DEPTH, B, 1 + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
+        bad: (1,) int32, not 0 once the network gave NaN.
+        kept: what was made for these rows, by key; graphs live here.
+    """
+
+    def __init__(self, rows: int, most: int, vocab: int, width: int, pages: Pages, device: torch.device) -> None:
+        self.rows, self.most, self.pages, self.device = rows, most, pages, device
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.table, self.lengths, self.limits, self.tickets = ints(rows, width), ints(rows), ints(rows), ints(rows)
+        self.bad = ints(1)
+        self.drafts = torch.zeros(rows, most, dtype=torch.long, device=device)
+        self.params = DeviceParams.of([SamplingParams()] * rows, device)
+        self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
+        self.ring = torch.zeros(DEPTH, rows, 1 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.kept: dict[object, object] = {}
+
+    @property
+    def _state(self) -> tuple[Tensor, ...]:
+        return self.table, self.lengths, self.limits, self.drafts, self.seen, self.tickets, self.bad
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What ``make`` returned the first time that ``key`` was asked for."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]  # type: ignore[return-value]
+
+    def open(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], pages: list[list[int]]) -> None:
+        """Take new rows, without tokens yet; the rest of the B rests."""
+        rest = self.rows - len(prompts)
+        width = self.table.shape[1]
+        rows = [table_row(taken, width) for taken in pages] + [table_row([], width)] * rest
+        self.table.copy_(torch.stack(rows))
+        limits = [len(p) + each.max_new_tokens for p, each in zip(prompts, params, strict=True)] + [0] * rest
+        self.limits.copy_(torch.tensor(limits, dtype=torch.int32))
+        self.lengths.zero_()
+        self.tickets.zero_()
+        self.bad.zero_()
+        self.params.copy_(DeviceParams.of([*params, *[SamplingParams()] * rest], self.device))
+        if any(each.repetition_penalty != 1 for each in params):
+            self.seen.zero_()
+            for row, prompt in enumerate(prompts):
+                self.seen[row, list(prompt)] = True
+
+    def adopt(self, other: Slots, rows: list[int]) -> None:
+        """Take the named rows of ``other``, with their pages, as they stand between two steps."""
+        count = len(rows)
+        index = torch.tensor(rows, device=self.device)
+        pairs = zip((*self._state[:5], *self.params.tensors), (*other._state[:5], *other.params.tensors), strict=True)
+        for mine, theirs in pairs:
+            mine[:count] = theirs[index]
+            mine[count:] = 0
+        self.params.temperature[count:] = 0
+        self.tickets.zero_()
+        self.bad.copy_(other.bad)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Steps inside leave no trace but in pages behind the rows' lengths."""
+        held = [tensor.clone() for tensor in self._state]
+        try:
+            yield
+        finally:
+            for tensor, before in zip(self._state, held, strict=True):
+                tensor.copy_(before)

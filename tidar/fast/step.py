@@ -1,0 +1,228 @@
+"""One decoding step on the device, from the drafts of the last to those of the next: what a CUDA graph captures.
+
+No shape, grid or branch here depends on a device value.
+
+Legend: B rows, K drafts, P proposals of M masks each, L = K + P·M queries, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tidar.decode.policy import Shape
+from tidar.fast.lean import Layer, LeanModel
+from tidar.fast.slots import Slots
+from tidar.kernels.workspace import Workspace
+
+__all__ = ["Flags", "Network", "Step", "StepLayout"]
+
+
+class Flags(NamedTuple):
+    """What the rows of a batch need between them; a step without a flag leaves its code out."""
+
+    sampling: bool
+    """Some row has a temperature above 0."""
+    filtering: bool
+    """Some row has top-k or top-p on."""
+    penalty: bool
+    """Some row has a repetition penalty."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayout:
+    """`tidar.layout.step` and `tidar.layout.prefill` as the kernels want them, for B rows on one device.
+
+    Attributes:
+        causal: queries before the masks.
+        offsets: (L,) int32, positions behind a row's length.
+        levels: (P,) int64.
+        counts: (B,) int32, causal queries that are written to the cache.
+        lengths, table: of the rows.
+        workspace: of the attention; None for the plain twins.
+    """
+
+    causal: int
+    offsets: Tensor
+    levels: Tensor
+    counts: Tensor
+    lengths: Tensor
+    table: Tensor
+    workspace: Workspace | None
+
+
+class Network:
+    """A lean model, its kernels, and what is computed from it once.
+
+    Args:
+        lean: the model.
+        ops: kernels or twins.
+        positions: longest text and what may stand behind its end.
+    """
+
+    def __init__(self, lean: LeanModel, ops: Any, positions: int) -> None:
+        self.lean, self.ops = lean, ops
+        core = lean.core
+        device = lean.embedding.device
+        self.cos, self.sin = lean.rotary(positions)
+        self.suppressed = torch.zeros(core.vocab_size, dtype=torch.bool, device=device)
+        self.suppressed[list(core.suppressed)] = True
+        self.mask_id = core.spec.mask_token_id if core.spec else 0
+        self.transition = lean.transition()
+
+    def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Tensor:
+        """Hidden states (B·L, D) of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
+        lean, ops, pages = self.lean, self.ops, slots.pages
+        rows, queries = len(tokens), len(layout.offsets)
+        x = ops.embed(tokens, lean.embedding, self.mask_id, queries, layout.causal)
+
+        def attend(number: int, layer: Layer, heads: Tensor) -> Tensor:
+            stores = pages.keys[number], pages.values[number], layout.table, layout.lengths
+            q, k, v = ops.rotate(
+                heads.view(rows, queries, -1, lean.head_dim),
+                layer.q_norm,
+                layer.k_norm,
+                self.cos,
+                self.sin,
+                layout.offsets,
+                *stores,
+                layout.counts,
+                eps=lean.eps,
+            )
+            out: Tensor = ops.attend(
+                q,
+                k,
+                v,
+                *stores,
+                layout.levels,
+                causal=layout.causal,
+                scale=lean.scale,
+                window=layer.window,
+                workspace=layout.workspace,
+            )
+            return out.view(rows * queries, -1)
+
+        return lean(x.view(rows * queries, -1), attend)
+
+    def sample(
+        self, x: Tensor, rows: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None
+    ) -> Tensor:
+        """Tokens (B, R) behind the hidden states ``x[rows]``, rows (B, R) int32, ``first`` behind the rows' lengths."""
+        logits = self.lean.logits(x, rows.view(-1)).view(*rows.shape, -1)
+        sampled: Tensor = self.ops.sample(
+            logits,
+            slots.params,
+            slots.lengths,
+            first=first,
+            suppressed=self.suppressed,
+            seen=slots.seen if flags.penalty else None,
+            drafts=drafts if flags.penalty else None,
+            sampling=flags.sampling,
+            filtering=flags.filtering,
+            bad=slots.bad,
+        )
+        return sampled
+
+    def draft(self, x: Tensor, states: Tensor, made: Tensor, slots: Slots, flags: Flags) -> None:
+        """Choose the drafts behind the certain tokens from the masks' hidden states ``x[states]``, both (B, M - 1).
+
+        A draft that nobody made is token 0: any draft is exact.
+        """
+        drafts = slots.drafts[:, 1 : 1 + states.shape[1]]
+        if self.transition is None:
+            chosen = self.sample(x, states, slots, flags, first=1, drafts=None)
+            drafts.copy_(chosen * made)
+            return
+        lean, ops = self.lean, self.ops
+        gate, table, mix = self.transition
+        rows = states.view(-1)
+        hidden = ops.norm(x, lean.norm, eps=lean.eps, rows=rows)
+        base = lean.logits(hidden, None, norm=False)
+        ones = slots.once("ones", lambda: torch.ones_like(lean.norm))
+        state = lean.wide(hidden, ones, gate, float(torch.finfo(hidden.dtype).eps), None, len(hidden))
+        ops.chain(
+            base.view(*states.shape, -1),
+            state.view(*states.shape, -1),
+            slots.drafts[:, 0],
+            made,
+            table,
+            mix,
+            self.suppressed,
+            temperature=slots.params.temperature,
+            seed=slots.params.seed,
+            lengths=slots.lengths,
+            offset=1,
+            sampling=flags.sampling,
+            out=drafts,
+            exchange=slots.once(
+                ("exchange", base.shape), lambda: ops.exchange(*states.shape, len(lean.head), x.device)
+            ),
+        )
+
+
+class Step:
+    """One step of B rows in one shape; called, it moves `Slots` on by a step.
+
+    Args:
+        network: the model.
+        slots: its rows.
+        shape: what it feeds.
+        flags: what the rows need.
+    """
+
+    def __init__(self, network: Network, slots: Slots, shape: Shape, flags: Flags) -> None:
+        self._network, self._slots, self._flags = network, slots, flags
+        rows, device, lean = slots.rows, slots.device, network.lean
+        self.shape = shape
+        k, proposals, masks = shape
+        self._masks = masks if proposals else 1
+        offsets = [*range(k), *(level + m for level in proposals for m in range(masks))]
+        self._queries = len(offsets)
+        kept = [max((i for i, j in enumerate(proposals) if j <= n), default=-1) for n in range(k + 1)]
+        self._kept = torch.tensor(kept, device=device)
+        self._levels = torch.tensor(proposals or (0,), device=device)
+        index = torch.arange(rows, device=device)[:, None] * self._queries + torch.arange(k, device=device)
+        self._verify = index.int()
+        self._layout = StepLayout(
+            causal=k,
+            offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
+            levels=torch.tensor(proposals, dtype=torch.long, device=device),
+            counts=torch.full((rows,), k, dtype=torch.int32, device=device),
+            lengths=slots.lengths,
+            table=slots.table,
+            workspace=Workspace.for_step(
+                rows,
+                self._queries,
+                lean.heads,
+                lean.kv_heads,
+                lean.head_dim,
+                2048,  # beyond, splits are long but still right
+                dtype=lean.embedding.dtype,
+                device=device,
+            ),
+        )
+
+    def __call__(self) -> None:
+        network, slots, flags = self._network, self._slots, self._flags
+        k = self.shape.drafts
+        x = network.hidden(slots.drafts, self._layout, slots)
+        sampled = network.sample(x, self._verify, slots, flags, first=1, drafts=slots.drafts[:, :k])
+        states, made = network.ops.accept(
+            sampled,
+            slots.drafts,
+            slots.lengths,
+            slots.limits,
+            slots.tickets,
+            slots.ring,
+            slots.bad,
+            levels=self._levels,
+            kept=self._kept,
+            masks=self._masks,
+            queries=self._queries,
+            seen=slots.seen if flags.penalty else None,
+        )
+        if self._masks > 1:
+            network.draft(x, states, made, slots, flags)

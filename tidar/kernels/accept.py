@@ -1,0 +1,135 @@
+"""What comes before and behind the network in a step, on the device: its tokens, and which drafts stand.
+
+Legend: B rows, K drafts, P proposals of M masks each, L = K + P·M queries, D width. `tidar.kernels.reference_step` is
+the plain twin.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tidar.kernels.workspace import power_of_2
+
+__all__ = ["accept", "embed"]
+
+
+@triton.jit
+def _embed(
+    drafts, table, out, mask_id, draft_step,
+    DRAFTS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+) -> None:  # fmt: skip
+    query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tl.load(drafts + row * draft_step + query, mask=query < DRAFTS, other=mask_id)
+    column = tl.arange(0, WIDTH)
+    x = tl.load(table + token * D + column, mask=column < D)
+    tl.store(out + (row * QUERIES + query) * D + column, x, mask=column < D)
+
+
+def embed(drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int) -> Tensor:
+    """Embeddings (B, L, D) of the first ``count`` drafts of each row and of masks behind them.
+
+    Args:
+        drafts: (B, at least K) int64, rows may be strided.
+        table: (V, D) contiguous.
+        mask_id: the mask's row in it.
+        queries: L.
+        count: K.
+    """
+    rows, width = drafts.shape[0], table.shape[1]
+    out = torch.empty(rows, queries, width, dtype=table.dtype, device=table.device)
+    _embed[queries, rows](
+        drafts, table, out, mask_id, drafts.stride(0), DRAFTS=count, QUERIES=queries, D=width, WIDTH=power_of_2(width)
+    )
+    return out
+
+
+@triton.jit
+def _accept(
+    sampled, drafts, lengths, limits, tickets, ring, kept, levels, states, made, seen, bad,
+    draft_step, ring_step, ring_row, seen_step,
+    DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, MASKS: tl.constexpr, MASKS_UP: tl.constexpr,
+    QUERIES: tl.constexpr, DEPTH: tl.constexpr,
+) -> None:  # fmt: skip
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, DRAFTS_UP)
+    s = tl.load(sampled + row * DRAFTS + i, mask=i < DRAFTS, other=0)
+    d = tl.load(drafts + row * draft_step + i + 1, mask=i + 1 < DRAFTS, other=0)
+    # n: the first place whose sample is not the draft behind it, or all.
+    stop = (s != d) | (i == DRAFTS - 1)
+    n = tl.min(tl.where(stop & (i < DRAFTS), i, DRAFTS - 1), 0) + 1
+
+    ticket = tl.load(tickets + row)
+    entry = ring + ticket % DEPTH * ring_step + row * ring_row
+    broken = tl.load(bad) != 0
+    tl.store(entry, tl.where(broken, -1, n))
+    tl.store(entry + 1 + i, s.to(tl.int32), mask=i < n)
+    tl.store(tickets + row, ticket + 1)
+    tl.store(drafts + row * draft_step, tl.sum(tl.where(i == n - 1, s, 0), 0))
+    length = tl.load(lengths + row)
+    tl.store(lengths + row, tl.minimum(length + n, tl.load(limits + row)))
+    if seen is not None:
+        tl.store(seen + row * seen_step + s, tl.full((DRAFTS_UP,), 1, tl.int1), mask=i < n)
+    if MASKS > 1:
+        block = tl.load(kept + n)
+        level = tl.load(levels + tl.maximum(block, 0))
+        j = tl.arange(0, MASKS_UP)
+        place = j + 1 + n - level
+        inside = j < MASKS - 1
+        state = row * QUERIES + DRAFTS + tl.maximum(block, 0) * MASKS + tl.minimum(place, MASKS - 1)
+        tl.store(states + row * (MASKS - 1) + j, state.to(tl.int32), mask=inside)
+        tl.store(made + row * (MASKS - 1) + j, (place < MASKS) & (block >= 0), mask=inside)
+
+
+def accept(
+    sampled: Tensor,
+    drafts: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    tickets: Tensor,
+    ring: Tensor,
+    bad: Tensor,
+    *,
+    levels: Tensor,
+    kept: Tensor,
+    masks: int,
+    queries: int,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Commit the drafts that stand (paper, section 3.2), and find the masks that draft what follows.
+
+    The first n drafts stand, where n is the first place with s_n ≠ d_{n+1}, or K. The tokens that become certain are
+    s_1 … s_n. If "exactly n accepted" was not drafted for, the tail of the nearest lower proposal serves.
+
+    Args:
+        sampled: (B, K) int64 contiguous, s_1 … s_K.
+        drafts: (B, at least K) int64; its first column becomes s_n.
+        lengths: (B,) int32, committed tokens; n more afterwards.
+        limits: (B,) int32, what lengths never pass: rows that rest have theirs at it.
+        tickets: (B,) int32, steps so far; one more afterwards.
+        ring: (depth, B, at least K + 1) int32, page-locked memory of the host: n and the certain tokens of step t go
+            to entry ``t % depth``. n is -1 if ``bad`` is set.
+        bad: (1,) int32, not 0 when the network gave NaN.
+        levels: (P,) int64, the proposals, ascending; anything of one entry when there are none.
+        kept: (K + 1,) int64, for n the index of the largest proposal up to it, or -1.
+        masks: M; 1 when there are no proposals.
+        queries: L.
+        seen: (B, V) bool, tokens of the committed text; the new ones are added.
+
+    Returns:
+        states: (B, M - 1) int32, rows of the flattened (B·L, D) hidden states that draft the tokens behind s_n.
+        made: (B, M - 1) bool, which of them exist.
+    """
+    rows, count = sampled.shape
+    states = torch.empty(rows, masks - 1, dtype=torch.int32, device=sampled.device)
+    made = torch.empty(rows, masks - 1, dtype=torch.bool, device=sampled.device)
+    _accept[rows,](
+        sampled, drafts, lengths, limits, tickets, ring, kept, levels, states, made, seen, bad,
+        drafts.stride(0), ring.stride(0), ring.stride(1), 0 if seen is None else seen.stride(0),
+        DRAFTS=count, DRAFTS_UP=power_of_2(count), MASKS=masks, MASKS_UP=power_of_2(max(masks - 1, 1)),
+        QUERIES=queries, DEPTH=ring.shape[0], num_warps=1,
+    )  # fmt: skip
+    return states, made

@@ -1,0 +1,126 @@
+"""What the kernels of `tidar.kernels.rotate` and `tidar.kernels.accept` compute, written plainly, by the same names.
+
+`rotate` and `accept` read lengths, counts, tickets and samples on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, pad
+
+from tidar.errors import TidarError
+from tidar.kernels.reference import check_pages, write_kv
+
+__all__ = ["accept", "check_rotate", "embed", "rotate"]
+
+
+def rotate(
+    heads: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `tidar.kernels.rotate.rotate`."""
+    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, offsets, k_pages, v_pages, block_table, lengths, counts)
+    kv_heads = k_pages.shape[2]
+    q, k, v = heads.split([query_heads, kv_heads, kv_heads], 2)
+    if q_norm is not None and k_norm is not None:
+        q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
+    at = (lengths[:, None] + offsets).clamp(max=cos.shape[0] - 1)
+    turn = cos[at][:, :, None], sin[at][:, :, None]
+    q, k = _turned(q, *turn), _turned(k, *turn)
+    write_kv(k, v, k_pages, v_pages, block_table, lengths, counts)
+    return q, k, v
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def embed(drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int) -> Tensor:
+    """As `tidar.kernels.accept.embed`."""
+    return embedding(pad(drafts[:, :count], (0, queries - count), value=mask_id), table)
+
+
+def accept(
+    sampled: Tensor,
+    drafts: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    tickets: Tensor,
+    ring: Tensor,
+    bad: Tensor,
+    *,
+    levels: Tensor,
+    kept: Tensor,
+    masks: int,
+    queries: int,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `tidar.kernels.accept.accept`."""
+    rows, count = sampled.shape
+    n = 1 + (sampled[:, :-1] == drafts[:, 1:count]).cumprod(1).sum(1)
+    for b, (stand, ticket) in enumerate(zip(n.tolist(), tickets.tolist(), strict=True)):
+        entry = ring[ticket % len(ring), b]
+        entry[0] = -1 if bad.item() else stand
+        entry[1 : 1 + stand] = sampled[b, :stand]
+        if seen is not None:
+            seen[b, sampled[b, :stand]] = True
+    tickets += 1
+    drafts[:, 0] = sampled.gather(1, n[:, None] - 1)[:, 0]
+    lengths.copy_(torch.minimum(lengths + n, limits))
+    block = kept[n]
+    place = torch.arange(1, masks, device=n.device) + (n - levels[block.clamp(min=0)])[:, None]
+    first = torch.arange(rows, device=n.device) * queries + count + block.clamp(min=0) * masks
+    states = first[:, None] + place.clamp(max=masks - 1)
+    return states.int(), (place < masks) & (block >= 0)[:, None]
+
+
+def check_rotate(
+    heads: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+) -> int:
+    """The number of query heads; `TidarError` unless the arguments fit together."""
+    if heads.dim() != 4 or not heads.is_contiguous():
+        raise TidarError(f"heads must be contiguous (B, L, A, H), not {tuple(heads.shape)}")
+    kv_heads = k_pages.shape[2]
+    query_heads = heads.shape[2] - 2 * kv_heads
+    if query_heads < kv_heads or query_heads % kv_heads:
+        raise TidarError(f"{heads.shape[2]} heads are not queries and {kv_heads} keys and values each")
+    new = heads[:, :, -kv_heads:]
+    check_pages(new, new, k_pages, v_pages, block_table, lengths)
+    if counts.shape != lengths.shape or counts.dtype != torch.int32:
+        raise TidarError(f"counts must be int32 of shape {tuple(lengths.shape)}")
+    if offsets.shape != (heads.shape[1],) or offsets.dtype != torch.int32:
+        raise TidarError(f"offsets must be int32 of shape {(heads.shape[1],)}, not {tuple(offsets.shape)}")
+    if cos.shape[1:] != heads.shape[3:] or sin.shape != cos.shape or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise TidarError(f"cos and sin must be contiguous (positions, {heads.shape[3]}), not {tuple(cos.shape)}")
+    if (q_norm is None) != (k_norm is None):
+        raise TidarError("queries and keys are normed both or not at all")
+    return query_heads

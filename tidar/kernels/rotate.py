@@ -1,0 +1,138 @@
+"""Heads made ready for attention in one launch: q/k norms, rotary embedding, and the write into the paged cache.
+
+Legend: B rows, L queries, Hq query heads, Hk key heads, H head width, A = Hq + 2·Hk. `tidar.kernels.reference_step` is
+the plain twin.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tidar.kernels.reference_step import check_rotate
+from tidar.kernels.workspace import power_of_2
+
+__all__ = ["rotate"]
+
+
+@triton.jit
+def _heads(base, head, column, wanted, norm, scale, H: tl.constexpr, NORM: tl.constexpr):
+    """(heads, WIDTH) float32 at ``column``, normed as the model does: rounded before the weight and behind it."""
+    inside = wanted & (column < H)
+    x = tl.load(base + head * H + column, mask=inside, other=0.0)
+    if NORM:
+        weight = tl.load(norm + column, mask=column < H, other=0.0)
+        narrow = (x.to(tl.float32) * scale).to(x.dtype).to(tl.float32)
+        x = (narrow * weight.to(tl.float32)).to(x.dtype)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _rotate(
+    heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, table, eps,
+    page_step, slot_step, head_step, table_step, table_width, positions,
+    Q: tl.constexpr, K: tl.constexpr, Q_UP: tl.constexpr, K_UP: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+) -> None:  # fmt: skip
+    """One query; program 1 of it takes keys and values."""
+    query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    line = row * QUERIES + query
+    base = heads + line * (Q + 2 * K) * H
+    length = tl.load(lengths + row)
+    position = tl.minimum(length + tl.load(offsets + query), positions - 1)
+    column = tl.arange(0, WIDTH)[None, :]
+    # The other half of a head's width, which is turned into this one.
+    half: tl.constexpr = H // 2
+    other = tl.where(column < half, column + half, column - half)
+    sign = tl.where(column < half, -1.0, 1.0)
+    turn = position.to(tl.int64) * H + column
+    c = tl.load(cos + turn, mask=column < H, other=0.0).to(tl.float32)
+    s = tl.load(sin + turn, mask=column < H, other=0.0).to(tl.float32) * sign
+
+    if tl.program_id(2) == 0:
+        head = tl.arange(0, Q_UP)[:, None]
+        scale = tl.full((Q_UP, 1), 1.0, tl.float32)
+        if NORM:
+            x = _heads(base, head, column, head < Q, q_norm, scale, H, False)
+            scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / H + eps)
+        x = _heads(base, head, column, head < Q, q_norm, scale, H, NORM)
+        y = _heads(base, head, other, head < Q, q_norm, scale, H, NORM)
+        place = q + line * Q * H + head * H + column
+        tl.store(place, (x * c + y * s).to(q.dtype.element_ty), mask=(head < Q) & (column < H))
+    else:
+        head = tl.arange(0, K_UP)[:, None]
+        inside = (head < K) & (column < H)
+        scale = tl.full((K_UP, 1), 1.0, tl.float32)
+        keys = base + Q * H
+        if NORM:
+            x = _heads(keys, head, column, head < K, k_norm, scale, H, False)
+            scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / H + eps)
+        x = _heads(keys, head, column, head < K, k_norm, scale, H, NORM)
+        y = _heads(keys, head, other, head < K, k_norm, scale, H, NORM)
+        new = (x * c + y * s).to(k.dtype.element_ty)
+        tl.store(k + line * K * H + head * H + column, new, mask=inside)
+        slot = length + query
+        # Behind the table's last page there is another row's table.
+        written = (query < tl.load(counts + row)) & (slot < table_width * PAGE)
+        page = tl.load(table + row * table_step + slot // PAGE, mask=written, other=0).to(tl.int64)
+        there = page * page_step + slot % PAGE * slot_step + head * head_step + column
+        value = tl.load(keys + (K + head) * H + column, mask=inside, other=0.0)
+        tl.store(k_pages + there, new, mask=inside & written)
+        tl.store(v_pages + there, value, mask=inside & written)
+
+
+def rotate(
+    heads: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and rotate queries and keys; write the first ``counts[b]`` keys and values behind row b's prefix.
+
+    All causal queries of a step are written before anything is accepted (0 for rows that rest): committing then only
+    moves ``lengths``, and the next step overwrites what was rejected, as in `tidar.cache`. `attend` reads nothing at or
+    behind ``lengths``.
+
+    Args:
+        heads: (B, L, A, H) contiguous: queries, keys and values as projected.
+        q_norm: (H,) weight of the RMS norm of query heads, or None.
+        k_norm: (H,) of key heads; both or neither.
+        cos: (positions, H) contiguous, of the rotary embedding; positions behind its end take its last row.
+        sin: likewise.
+        offsets: (L,) int32, position of each query behind its row's ``lengths``.
+        k_pages: (pages, page_size, Hk, H), written in place.
+        v_pages: the same.
+        block_table: (B, n) int32; tokens behind its last page are dropped.
+        lengths: (B,) int32, committed tokens of each row.
+        counts: (B,) int32 in 0 … L.
+        eps: of the norms.
+
+    Returns:
+        Queries (B, L, Hq, H), keys (B, L, Hk, H), and values (B, L, Hk, H), which are a view of ``heads``.
+
+    Raises:
+        TidarError: arguments that do not fit together.
+    """
+    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, offsets, k_pages, v_pages, block_table, lengths, counts)
+    rows, queries, _, width = heads.shape
+    kv_heads = k_pages.shape[2]
+    q = torch.empty(rows, queries, query_heads, width, dtype=heads.dtype, device=heads.device)
+    k = torch.empty(rows, queries, kv_heads, width, dtype=heads.dtype, device=heads.device)
+    _rotate[queries, rows, 2](
+        heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, block_table, eps,
+        *k_pages.stride()[:3], block_table.stride(0), block_table.shape[1], cos.shape[0],
+        Q=query_heads, K=kv_heads, Q_UP=power_of_2(query_heads), K_UP=power_of_2(kv_heads), H=width,
+        WIDTH=power_of_2(width), QUERIES=queries, PAGE=k_pages.shape[1], NORM=q_norm is not None,
+    )  # fmt: skip
+    return q, k, heads[:, :, query_heads + kv_heads :]
