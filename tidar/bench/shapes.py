@@ -1,4 +1,4 @@
-"""Models of published sizes with random weights: their steps take what the real ones' take, their drafts are worthless."""
+"""Models of published sizes with random weights: steps take what the real ones' take, drafts are worthless."""
 
 from __future__ import annotations
 

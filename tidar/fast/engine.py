@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Batches that graphs are captured for; others are padded."""
 PIECES = (64, 256, PREFILL_PIECE)
 """Prompt parts of one forward; others are padded. Few, because each is compiled for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A step as a graph, and the step, whose tensors the graph reads: without it their memory would be given away."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class Engine:
@@ -95,6 +107,7 @@ class Engine:
         """A step of these rows that waits for nothing: a captured graph, or the twins."""
         return slots.once((shape, flags), lambda: self._ready(slots, Step(self.network, slots, shape, flags)))
 
+    @torch.inference_mode()
     def _ready(self, slots: Slots, step: Step) -> Callable[[], object]:
         if self.plain or self.core.device.type != "cuda":
             return step
@@ -106,7 +119,7 @@ class Engine:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
-        return graph.replay
+        return Captured(graph, step)
 
     def prefill(self, slots: Slots, prompts: Sequence[Sequence[int]], masks: int, flags: Flags) -> tuple[Tensor, int]:
         """Compute the prompts, each alone; leave certain token and drafts in ``slots``.

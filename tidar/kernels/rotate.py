@@ -62,23 +62,23 @@ def _rotate(
         place = q + line * Q * H + head * H + column
         tl.store(place, (x * c + y * s).to(q.dtype.element_ty), mask=(head < Q) & (column < H))
     else:
-        head = tl.arange(0, K_UP)[:, None]
-        inside = (head < K) & (column < H)
-        scale = tl.full((K_UP, 1), 1.0, tl.float32)
+        kv = tl.arange(0, K_UP)[:, None]
+        inside = (kv < K) & (column < H)
+        spread = tl.full((K_UP, 1), 1.0, tl.float32)
         keys = base + Q * H
         if NORM:
-            x = _heads(keys, head, column, head < K, k_norm, scale, H, False)
-            scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / H + eps)
-        x = _heads(keys, head, column, head < K, k_norm, scale, H, NORM)
-        y = _heads(keys, head, other, head < K, k_norm, scale, H, NORM)
-        new = (x * c + y * s).to(k.dtype.element_ty)
-        tl.store(k + line * K * H + head * H + column, new, mask=inside)
+            x_k = _heads(keys, kv, column, kv < K, k_norm, spread, H, False)
+            spread = tl.rsqrt(tl.sum(x_k * x_k, 1, keep_dims=True) / H + eps)
+        x_k = _heads(keys, kv, column, kv < K, k_norm, spread, H, NORM)
+        y_k = _heads(keys, kv, other, kv < K, k_norm, spread, H, NORM)
+        new = (x_k * c + y_k * s).to(k.dtype.element_ty)
+        tl.store(k + line * K * H + kv * H + column, new, mask=inside)
         slot = length + query
         # Behind the table's last page there is another row's table.
         written = (query < tl.load(counts + row)) & (slot < table_width * PAGE)
         page = tl.load(table + row * table_step + slot // PAGE, mask=written, other=0).to(tl.int64)
-        there = page * page_step + slot % PAGE * slot_step + head * head_step + column
-        value = tl.load(keys + (K + head) * H + column, mask=inside, other=0.0)
+        there = page * page_step + slot % PAGE * slot_step + kv * head_step + column
+        value = tl.load(keys + (K + kv) * H + column, mask=inside, other=0.0)
         tl.store(k_pages + there, new, mask=inside & written)
         tl.store(v_pages + there, value, mask=inside & written)
 

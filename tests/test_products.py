@@ -1,0 +1,345 @@
+"""The products of a step against their plain twin; in Triton's interpreter without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import _bfloat16_in_the_interpreter  # noqa: F401
+from torch import Tensor
+
+from tidar.errors import TidarError
+from tidar.kernels import reference_products as twin
+from tidar.kernels.product_tiles import ProductTiles, candidates, default_tiles, tune_product
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
+from tidar.kernels import products  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ONE = ProductTiles(1, 32, 32, 4, 3)
+FEW = ProductTiles(16, 16, 64, 4, 3)
+SOME = ProductTiles(32, 32, 32, 2, 3)
+MANY = ProductTiles(64, 32, 32, 4, 3)
+MOST = ProductTiles(128, 64, 16, 4, 3)
+TILES = {"1": ONE, "16": FEW, "32": SOME, "64": MANY, "128": MOST, "cuBLAS": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product: F rows of the weight (half of them gates, if gated), N of M rows of x."""
+
+    rows: int = 5
+    depth: int = 96
+    features: int = 38
+    norm: bool = True
+    bias: bool = False
+    chosen: bool = False
+    wide: bool = False  # float32 result
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self, seed: int = 0) -> dict[str, Any]:
+        """Arguments of `norm_linear`; what is not to be read, between rows and in rows not chosen, is NaN."""
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw).to(self.dtype).to(DEVICE)
+
+        total = 2 * self.rows if self.chosen else self.rows
+        x = torch.full((total, self.depth + 16), torch.nan, dtype=self.dtype, device=DEVICE)[:, : self.depth]
+        rows = torch.randperm(total, generator=draw)[: self.rows].to(DEVICE)
+        x[rows] = 3 * normal(self.rows, self.depth)
+        return {
+            "x": x,
+            "norm": 1 + normal(self.depth) / 4 if self.norm else None,
+            "weight": normal(self.features, self.depth) / self.depth**0.5,
+            "bias": normal(self.features) if self.bias else None,
+            "eps": 1e-2,
+            "rows": rows if self.chosen else None,
+        }
+
+    def out(self, features: int) -> Tensor:
+        dtype = torch.float32 if self.wide else self.dtype
+        return torch.full((self.rows, features + 3), torch.nan, dtype=dtype, device=DEVICE)[:, :features]
+
+
+def exact(run: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
+    return run(**{n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in given.items()})
+
+
+def agree(out: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Each row by itself, so that no one is lost in the mean; a NaN never agrees."""
+    error = (out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return bool((error < BOUND[dtype]).all())
+
+
+CASES = {
+    "norm": Case(),
+    "plain": Case(norm=False),
+    "one row": Case(rows=1),
+    "one feature more": Case(rows=16, features=33),
+    "bias": Case(bias=True),
+    "chosen": Case(chosen=True),
+    "rows over": Case(rows=67, bias=True, chosen=True),
+    "depth of 16": Case(depth=16, features=7),
+    "bfloat16": Case(rows=17, bias=True, chosen=True, dtype=torch.bfloat16),
+    "float16, wide": Case(wide=True, bias=True, dtype=torch.float16),
+    "bfloat16, plain, wide": Case(norm=False, chosen=True, wide=True, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_norm_linear(case: Case, tiles: ProductTiles | None) -> None:
+    given, out = case.tensors(), case.out(case.features)
+    assert products.norm_linear(**given, out=out, tiles=tiles) is out
+    assert agree(out, exact(twin.norm_linear, given), case.dtype)
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("case", [c for c in CASES.values() if not c.chosen and c.features % 2 == 0], ids=str)
+def test_norm_gated(case: Case, tiles: ProductTiles | None) -> None:
+    given, out = case.tensors(), case.out(case.features // 2)
+    del given["rows"]
+    assert products.norm_gated(**given, out=out, tiles=tiles) is out
+    assert agree(out, exact(twin.norm_gated, given), case.dtype)
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("case", [c for c in CASES.values() if not c.chosen], ids=str)
+def test_linear_add(case: Case, tiles: ProductTiles | None) -> None:
+    given = case.tensors()
+    x = case.out(case.features).copy_(torch.randn(case.rows, case.features))
+    if tiles is None:
+        x = x.to(case.dtype)  # cuBLAS adds to its own dtype
+    given = {"x": x, "a": given["x"], "weight": given["weight"], "bias": given["bias"]}
+    wanted = exact(twin.linear_add, given)
+    assert products.linear_add(**given, tiles=tiles) is x
+    assert agree(x, wanted, case.dtype)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_norm_and_gated(case: Case) -> None:
+    given, out = case.tensors(), case.out(case.depth)
+    rows = given["rows"].int() if case.chosen else None
+    given = {"x": given["x"], "weight": case.tensors(1)["weight"][0], "eps": 1e-2, "rows": rows}
+    assert products.norm(**given, out=out) is out
+    assert agree(out, exact(twin.norm, given), case.dtype)
+    gu, out = (products.norm(**given) * 3), case.out(case.depth // 2)
+    assert products.gated(gu, out) is out
+    assert agree(out, twin.gated(gu.double()), case.dtype)
+
+
+@pytest.mark.parametrize("tiles", [ONE, FEW, SOME, MANY, MOST], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_others(tiles: ProductTiles, dtype: torch.dtype) -> None:
+    given = Case(rows=17, dtype=dtype).tensors()
+    del given["rows"]
+    alone = given | {"x": given["x"][9:10]}
+    others = given | {"x": given["x"].clone()}
+    others["x"][:9] = torch.nan
+    others["x"][10:] *= 100
+    for run in (products.norm_linear, products.norm_gated):
+        one = run(**alone, tiles=tiles)
+        for many in (given, others):
+            assert torch.equal(run(**many, tiles=tiles)[9:10], one)
+
+
+def test_twin_is_the_modules() -> None:
+    """In the order of Hugging Face's: normalised, weighted, projected."""
+    given = Case(bias=True, chosen=True, dtype=torch.float64).tensors()
+    x, norm, weight, bias, eps, rows = given.values()
+    y = norm * (x[rows] * torch.rsqrt(x[rows].pow(2).mean(-1, keepdim=True) + eps))
+    y = torch.nn.functional.linear(y, weight, bias)
+    torch.testing.assert_close(twin.norm_linear(**given), y)
+    wanted = torch.nn.functional.silu(y[:, :19]) * y[:, 19:]
+    torch.testing.assert_close(twin.norm_gated(x[rows], norm, weight, bias, eps=eps), wanted)
+    torch.testing.assert_close(twin.gated(y), wanted)
+    a = x[rows] * 1
+    torch.testing.assert_close(twin.linear_add(a.clone(), a, a.T @ a), a + a @ (a.T @ a))
+
+
+# --- planted faults ---
+
+
+@pytest.mark.parametrize("fault", ["norm", "eps", "rows", "weight", "bias"])
+def test_a_wrong_argument_is_caught(fault: str) -> None:
+    case = Case(bias=True, chosen=True, features=32)
+    given = case.tensors()
+    wanted = exact(twin.norm_linear, given)
+    wrong = given[fault].flip(0) if fault == "rows" else given[fault] * (2 if fault == "eps" else 1.001)
+    for tiles in (ONE, FEW, MANY):
+        out = products.norm_linear(**given | {fault: wrong}, tiles=tiles)
+        assert not agree(out, wanted, case.dtype)
+
+
+# --- tiles ---
+
+
+def weights(width: int, qkv: int, mlp: int, head: int) -> dict[str, tuple[int, int]]:
+    """Features and depth of a model's products."""
+    square = {"qkv": (qkv, width), "out": (width, width), "mlp": (2 * mlp, width), "down": (width, mlp)}
+    return square | {"head": (head, width)}
+
+
+MODELS = {
+    "1.5B": weights(1536, 2048, 8960, 151936),
+    "8B": weights(4096, 6144, 12288, 151936),
+    "small": weights(384, 640, 1024, 4096),
+}
+
+
+def test_default_tiles() -> None:
+    assert default_tiles(1, 1536, 1536, 2) == ProductTiles(1, 16, 512, 4, 4), "96 programs, all of a row under way"
+    assert default_tiles(1, 1536, 8960, 2) == ProductTiles(1, 16, 256, 4, 7), "40 KiB under way"
+    assert default_tiles(16, 17920, 1536, 2) == ProductTiles(16, 32, 256, 4, 5)
+    assert default_tiles(64, 17920, 1536, 2) == ProductTiles(64, 128, 64, 4, 5)
+    assert default_tiles(64, 1536, 8960, 2) is None, "48 programs would have to read x"
+    assert default_tiles(256, 17920, 1536, 2) is None
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rows", [1, 3, 16, 48, 256, 1000])
+def test_candidates_fit(rows: int, itemsize: int) -> None:
+    for model in MODELS.values():
+        for features, depth in model.values():
+            tried = list(candidates(rows, features, depth, itemsize))
+            assert {None, default_tiles(rows, features, depth, itemsize)} <= set(tried[:2])
+            assert len(tried) == len(set(tried)) <= 32
+            for tiles in filter(None, tried):
+                held = tiles.stages - (tiles.rows < 64)
+                assert held * (tiles.rows + tiles.cols) * tiles.depth * itemsize <= 220 * 1024
+                assert depth % tiles.depth == 0
+
+
+def test_tune_keeps_the_fastest() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    tried: list[tuple[int, ProductTiles | None]] = []
+
+    def run(number: int, tiles: ProductTiles | None) -> None:
+        tried.append((number, tiles))
+
+    def measure(calls: Sequence[Callable[[], object]]) -> float:
+        for call in calls:
+            call()
+        if tried[-1][1] == MOST:
+            raise OutOfResources(2, 1, "shared memory")
+        return 1 if tried[-1][1] in (FEW, SOME) else 2
+
+    best = tune_product([partial(run, 0), partial(run, 1)], [None, MOST, FEW, SOME], measure)
+    assert best == FEW
+    assert tried == [(n, tiles) for tiles in (None, MOST, FEW, SOME) for n in (0, 1)]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_tune_on_the_device() -> None:
+    """Every candidate runs, is right and can be captured; the choice is one of them."""
+    case = Case(rows=16, depth=1536, features=2048, bias=True, dtype=torch.bfloat16)
+    given = case.tensors()
+    wanted = exact(twin.norm_linear, given)
+    for tiles in candidates(16, 2048, 1536, 2):
+        assert agree(products.norm_linear(**given, tiles=tiles), wanted, case.dtype)
+    out = case.out(2048)
+    runs = [lambda tiles: products.norm_linear(**given, out=out, tiles=tiles)]
+    assert tune_product(runs, candidates(16, 2048, 1536, 2)) in set(candidates(16, 2048, 1536, 2))
+    assert agree(out, wanted, case.dtype)
+
+
+# --- mistakes ---
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "float64": ({"dtype": torch.float64}, "reference_products"),
+    "depth": ({"depth": 24}, "reference_products"),
+    "x": ({"x": torch.zeros(96, 5).T}, "contiguous rows"),
+    "weight": ({"weight": torch.zeros(38, 95)}, "weight must be"),
+    "weight's strides": ({"weight": torch.zeros(96, 38).T}, "contiguous"),
+    "norm": ({"norm": torch.zeros(95)}, "norm must be"),
+    "eps": ({"eps": 0.0}, "eps above 0"),
+    "bias": ({"bias": torch.zeros(37)}, "bias must be"),
+    "mixed": ({"bias": torch.zeros(38, dtype=torch.float16)}, "one dtype"),
+    "rows": ({"rows": torch.zeros(5)}, "rows must be"),
+    "out": ({"out": torch.zeros(5, 37)}, "the result must be"),
+    "out's dtype": ({"out": torch.zeros(5, 38, dtype=torch.float16)}, "the result must be"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(change: dict[str, Any], message: str) -> None:
+    case = Case(**{n: change[n] for n in change if n in ("dtype", "depth")})
+    given = case.tensors() | {n: t.to(DEVICE) if isinstance(t, Tensor) else t for n, t in change.items()}
+    given = {n: t for n, t in given.items() if n not in ("dtype", "depth")}
+    with pytest.raises(TidarError, match=message):
+        products.norm_linear(**given, tiles=FEW)
+
+
+def test_more_mistakes() -> None:
+    with pytest.raises(TidarError, match="2·F"):
+        products.norm_gated(torch.zeros(2, 16), None, torch.zeros(3, 16))
+    with pytest.raises(TidarError, match="2·F"):
+        products.gated(torch.zeros(2, 17))
+    for sizes in ((24, 16, 16, 4, 2), (8, 16, 16, 4, 2), (16, 4, 16, 4, 2), (16, 16, 8, 4, 2), (16, 16, 16, 4, 0)):
+        with pytest.raises(TidarError, match="powers of 2"):
+            ProductTiles(*sizes)
+
+
+# --- compiled ---
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tidar.kernels import products
+from tidar.kernels.product_tiles import candidates, default_tiles
+for rows in (1, 16, 64, 256):
+    for name, (features, depth) in {weights}.items():
+        plan = default_tiles(rows, features, depth, 2)
+        if plan is None and rows < 256:
+            continue
+        plan = plan or list(candidates(rows, features, depth, 2))[-1]
+        gates, normed = name == "mlp", name not in ("out", "down") and plan.rows <= products.FUSED
+        fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
+        given = dict(norm=normed, rows=name == "head", bias=name == "qkv")
+        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(ADD=name in ("out", "down"))
+        names = products._product.arg_names
+        types = dict.fromkeys(("x", "norm", "weight", "bias"), "*bf16") | dict(rows="*i64", eps="fp32")
+        types |= dict(out="*fp32" if name == "head" else "*bf16") | dict.fromkeys(fixed, "constexpr")
+        types = {{n: types.get(n, "i32") for n in names}}
+        sixteens = [i for i, n in enumerate(names) if types[n][0] == "*" or n.endswith("_row")]
+        even = {{(i,): [["tt.divisibility", 16]] for i in sixteens}}
+        source = ASTSource(products._product, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
+        options = dict(num_warps=plan.warps, num_stages=plan.stages)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        path = {path!r} + f"/{{rows}}-{{name}}.cubin"
+        open(path, "wb").write(made.asm["cubin"])
+        ptx = made.asm["ptx"]
+        loop = ptx.count("cp.async.cg.shared.global"), ptx.count("mma.sync"), ptx.count("wgmma.mma_async")
+        print(path, rows, plan.rows, made.metadata.shared, *loop)
+"""
+"""The interpreter takes programs that the compiler does not; the compiler needs no GPU."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_compiles_for_hopper_without_spilling(model: str, tmp_path: Any) -> None:
+    (tmp_path / "compile.py").write_text(COMPILE.format(weights=MODELS[model], path=str(tmp_path)))
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    for line in done.stdout.splitlines():
+        path, *numbers = line.split()
+        _, tile, shared, copies, plain, hopper = map(int, numbers)
+        used = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True).stdout
+        assert " STACK:0 " in used, (line, used)
+        assert shared <= 227 * 1024, line
+        assert copies > 0, "weights are loaded ahead, 16 bytes a thread"
+        assert (plain > 0, hopper > 0) == (tile in (16, 32), tile >= 64), line
+    assert len(done.stdout.splitlines()) >= 3 * len(MODELS[model])

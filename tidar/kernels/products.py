@@ -1,0 +1,316 @@
+"""Matrix products of a decoding step with what stands between them, as Triton kernels.
+
+A step has few rows, so a product is bound by its weight's way from memory, and everything else should ride along: the
+norm before it, the residual sum or the gate behind it, the choice of the rows that a head reads. A norm costs no pass
+of its own: y = (x·norm) Wᵀ / rms(x), and the sums of squares are formed while the product reads x.
+
+A row's result depends on its tiles, never on other rows or their number: no sum is formed in an order that chance or
+the grid decides. `tidar.kernels.reference_products` is the plain twin, `tidar.kernels.product_tiles` chooses tiles.
+
+Without tiles a product is cuBLAS's, with `norm` and `gated` around it; what lies between comes from torch's allocator,
+as in any captured graph, and cuBLAS may sum differently for other numbers of rows.
+
+Legend: N rows, D depth of a product, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tidar.errors import TidarError
+from tidar.kernels.product_tiles import ProductTiles
+from tidar.kernels.reference_products import check_product
+from tidar.kernels.workspace import power_of_2
+
+__all__ = ["gated", "linear_add", "norm", "norm_gated", "norm_linear"]
+
+FUSED = 64
+"""Rows of a tile up to which a norm is part of the product; a larger tile would norm its rows in every column."""
+TAKEN = 1024  # features of a program of _gated
+
+
+@triton.jit
+def _accumulate(acc, x, w, SLICES: tl.constexpr):
+    """Take x (rows, depth) and w (columns, depth) into the sums."""
+    ROWS: tl.constexpr = x.shape[0]
+    PIECE: tl.constexpr = x.shape[1] // SLICES
+    if ROWS == 1:
+        acc += w.to(tl.float32) * x.to(tl.float32)  # (columns, depth), summed at the end
+    elif SLICES == 1:
+        # Triton's default for float32 is tf32: too coarse to decode exactly.
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    else:
+        # Warps share the depth: each multiplies a slice of its own, so none reads the weight of another.
+        x = tl.permute(tl.reshape(x, (ROWS, SLICES, PIECE)), (1, 0, 2))
+        w = tl.permute(tl.reshape(w, (w.shape[0], SLICES, PIECE)), (1, 2, 0))
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _sums(ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr):
+    if ROWS == 1:
+        return tl.zeros((COLS, DEPTH), tl.float32)
+    elif SLICES == 1:
+        return tl.zeros((ROWS, COLS), tl.float32)
+    else:
+        return tl.zeros((SLICES, ROWS, COLS), tl.float32)
+
+
+@triton.jit
+def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
+    """(rows, columns) from what `_accumulate` keeps."""
+    if ROWS == 1:
+        return tl.sum(acc, 1)[None, :]
+    elif SLICES == 1:
+        return acc
+    else:
+        return tl.sum(acc, 0)
+
+
+@triton.jit
+def _product(
+    x, rows, norm, weight, bias, out, count, eps, x_row, out_row,
+    D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once."""
+    line = tl.arange(0, ROWS)
+    at, first = tl.program_id(0) * ROWS + line, tl.program_id(1).to(tl.int64) * COLS
+    real, chosen = at < count, at
+    if rows is not None:
+        chosen = tl.load(rows + at, mask=real, other=0)
+    k, col = tl.arange(0, DEPTH)[None, :], tl.arange(0, COLS)
+    x_at = x + chosen.to(tl.int64)[:, None] * x_row + k
+    # Behind the last column it is read again: no mask in the loop.
+    w_at = weight + first * D + tl.minimum(col, (F - 1 - first).to(tl.int32))[:, None] * D + k
+    acc = _sums(ROWS, COLS, DEPTH, SLICES)
+    up = acc
+    squares = _sums(ROWS, ROWS, DEPTH, SLICES)
+
+    for d in tl.range(0, D, DEPTH, num_stages=STAGES):
+        part = tl.load(x_at + d, mask=real[:, None], other=0.0)
+        w = tl.load(w_at + d)
+        if norm is not None:
+            # The diagonal of x·xᵀ: a plain sum would want x from shared memory in another order than the product does.
+            squares = _accumulate(squares, part, part, SLICES)
+            part = part.to(tl.float32) * tl.load(norm + d + k).to(tl.float32)
+            if ROWS > 1:
+                part = part.to(w.dtype)
+        acc = _accumulate(acc, part, w, SLICES)
+        if GATES:
+            up = _accumulate(up, part, tl.load(w_at + F * D + d), SLICES)
+
+    acc, up = _total(acc, ROWS, SLICES), _total(up, ROWS, SLICES)
+    if norm is not None:
+        diagonal = tl.where(line[:, None] == line[None, :], _total(squares, ROWS, SLICES), 0.0)
+        scale = tl.rsqrt(tl.sum(diagonal, 1) / D + eps)[:, None]
+        acc, up = acc * scale, up * scale
+    column = first + col
+    if bias is not None:
+        acc += tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+        if GATES:
+            up += tl.load(bias + F + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+    if GATES:
+        acc = acc * tl.sigmoid(acc) * up
+    place = out + at.to(tl.int64)[:, None] * out_row + column[None, :]
+    inside = real[:, None] & (column < F)[None, :]
+    if ADD:
+        acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm(x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr) -> None:
+    at, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    chosen = at if rows is None else tl.load(rows + at).to(tl.int64)
+    wide = tl.load(x + chosen * x_row + column, mask=column < D, other=0.0).to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
+    scaled *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(out + at * out_row + column, scaled.to(out.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def _gated(gu, out, gu_row, out_row, F: tl.constexpr, COLS: tl.constexpr) -> None:
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    gate = tl.load(gu + row * gu_row + column, mask=column < F).to(tl.float32)
+    up = tl.load(gu + row * gu_row + F + column, mask=column < F).to(tl.float32)
+    tl.store(out + row * out_row + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=column < F)
+
+
+@torch.no_grad()
+def norm_linear(
+    x: Tensor,
+    norm: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    tiles: ProductTiles | None = None,
+) -> Tensor:
+    """``rmsnorm(x[rows]) · weightᵀ + bias``, summed in float32 and rounded once.
+
+    Args:
+        x: (M, D) float32, float16 or bfloat16, rows contiguous; D a multiple of 16. In float16 and tiles of more than
+            one row, x · norm must not overflow.
+        norm: (D,), weights of an RMS norm, all ones for one without; None for x as it is.
+        weight: (F, D) contiguous.
+        bias: (F,).
+        eps: of the norm, above 0; not read without one.
+        rows: (N,) int32 or int64, the rows of x to take, in any order; all by default. Others are not read.
+        out: (N, F) of x's dtype or float32, where to write. Made anew in x's dtype without.
+        tiles: how to cut it up; None for cuBLAS.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TidarError: arguments that do not fit together.
+    """
+    check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
+    out = _result(x, rows, weight.shape[0]) if out is None else out
+    if tiles is None:
+        return _cublas(_rows(x, norm, eps, rows), weight, bias, out)
+    return _launch(x, norm, weight, bias, out, eps, rows, tiles)
+
+
+@torch.no_grad()
+def linear_add(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *, tiles: ProductTiles | None = None
+) -> Tensor:
+    """``x += a · weightᵀ + bias`` in place, the sum formed in float32 and rounded once (twice by cuBLAS with a bias).
+
+    Args:
+        x: (N, F), rows contiguous; of a's dtype, or float32 if there are ``tiles``.
+        a: (N, D) float32, float16 or bfloat16, rows contiguous; D a multiple of 16.
+        weight: (F, D) contiguous.
+        bias: (F,).
+        tiles: how to cut it up; None for cuBLAS.
+
+    Returns:
+        ``x``.
+
+    Raises:
+        TidarError: arguments that do not fit together.
+    """
+    check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
+    if tiles is None:
+        return (x if bias is None else x.add_(bias)).addmm_(a, weight.T)
+    return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True)
+
+
+@torch.no_grad()
+def norm_gated(
+    x: Tensor,
+    norm: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    out: Tensor | None = None,
+    tiles: ProductTiles | None = None,
+) -> Tensor:
+    """``silu(g) · u`` with ``[g | u] = rmsnorm(x) · weightᵀ + bias``; a program computes gates and ups that match.
+
+    Args:
+        x: (N, D), as all others but these `norm_linear`'s.
+        weight: (2·F, D) contiguous, all gates before all ups.
+        bias: (2·F,).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TidarError: arguments that do not fit together.
+    """
+    check_product(x, norm, weight, bias, eps, None, out, weight.shape[0] // 2)
+    out = _result(x, None, weight.shape[0] // 2) if out is None else out
+    if tiles is None:
+        between = _cublas(_rows(x, norm, eps, None), weight, bias, _result(x, None, weight.shape[0]))
+        return gated(between, out)
+    return _launch(x, norm, weight, bias, out, eps, None, tiles, gates=True)
+
+
+def norm(x: Tensor, weight: Tensor, *, eps: float, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``rmsnorm(x[rows]) · weight``, (N, D); arguments as `norm_linear`'s, but ``weight`` is the norm's (D,).
+
+    Raises:
+        TidarError: arguments that do not fit together.
+    """
+    check_product(x, weight, None, None, eps, rows, out, x.shape[-1])
+    out = _result(x, rows, x.shape[1]) if out is None else out
+    width = power_of_2(x.shape[1])
+    _norm[(len(out),)](
+        x, rows, weight, out, eps, x.stride(0), out.stride(0), D=x.shape[1], WIDTH=width,
+        num_warps=min(8, max(1, width // 512)),
+    )  # fmt: skip
+    return out
+
+
+def gated(gu: Tensor, out: Tensor | None = None) -> Tensor:
+    """``silu(g) · u`` of rows [g | u].
+
+    Args:
+        gu: (N, 2·F) float32, float16 or bfloat16, rows contiguous.
+        out: (N, F) of the same dtype or float32, where to write. Made anew in the same without.
+
+    Raises:
+        TidarError: arguments that do not fit together.
+    """
+    features = gu.shape[-1] // 2
+    check_product(gu, None, None, None, 0.0, None, out, features)
+    out = _result(gu, None, features) if out is None else out
+    grid = (len(gu), triton.cdiv(features, TAKEN))
+    _gated[grid](gu, out, gu.stride(0), out.stride(0), F=features, COLS=TAKEN, num_warps=4)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    norm: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    rows: Tensor | None,
+    tiles: ProductTiles,
+    *,
+    gates: bool = False,
+    add: bool = False,
+) -> Tensor:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[1] % 16:
+        raise TidarError(f"the kernel has no {x.dtype} of depth {x.shape[1]}: use tidar.kernels.reference_products")
+    if norm is not None and tiles.rows > FUSED:
+        x, norm, rows = _rows(x, norm, eps, rows), None, None
+    sizes = tiles.constants(x.shape[1], out.shape[1], x.element_size(), gates=gates)
+    grid = (triton.cdiv(len(out), tiles.rows), triton.cdiv(out.shape[1], sizes["COLS"]))
+    _product[grid](
+        x, rows, norm, weight, bias, out, len(out), eps, x.stride(0), out.stride(0),
+        ADD=add, num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor, weight: Tensor | None, eps: float, rows: Tensor | None) -> Tensor:
+    if weight is not None:
+        return norm(x, weight, eps=eps, rows=rows)
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _result(x: Tensor, rows: Tensor | None, features: int) -> Tensor:
+    return x.new_empty(len(x if rows is None else rows), features)
+
+
+def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if out.dtype == x.dtype:
+        return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+    if x.is_cuda:
+        torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), weight.T.to(out.dtype), out=out)
+    return out if bias is None else out.add_(bias)

@@ -1,0 +1,113 @@
+"""What the kernels of `tidar.kernels.products` compute, written plainly; the path taken without a GPU.
+
+Same names, same arguments; any floating dtype, float64 included. Sums are formed in float32 at least and rounded once.
+
+Legend: N rows, D depth of a product, F features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from tidar.errors import TidarError
+
+__all__ = ["check_product", "gated", "linear_add", "norm", "norm_gated", "norm_linear"]
+
+
+def norm_linear(
+    x: Tensor,
+    norm: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    tiles: object = None,
+) -> Tensor:
+    """A product of normalised rows; arguments as `tidar.kernels.products.norm_linear`, ``tiles`` is not read."""
+    check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
+    return _into(out, _linear(_normed(x, norm, eps, rows), weight, bias), x)
+
+
+def linear_add(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *, tiles: object = None) -> Tensor:
+    """A product added in place; arguments as `tidar.kernels.products.linear_add`, ``tiles`` is not read."""
+    check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
+    return _into(x, x + _linear(_normed(a, None, 0.0, None), weight, bias), x)
+
+
+def norm_gated(
+    x: Tensor,
+    norm: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    out: Tensor | None = None,
+    tiles: object = None,
+) -> Tensor:
+    """The first half of a gated MLP; arguments as `tidar.kernels.products.norm_gated`, ``tiles`` is not read."""
+    check_product(x, norm, weight, bias, eps, None, out, weight.shape[0] // 2)
+    gate, up = _linear(_normed(x, norm, eps, None), weight, bias).chunk(2, -1)
+    return _into(out, silu(gate) * up, x)
+
+
+def norm(x: Tensor, weight: Tensor, *, eps: float, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Normalised rows; arguments as `tidar.kernels.products.norm`."""
+    check_product(x, weight, None, None, eps, rows, out, x.shape[-1])
+    return _into(out, _normed(x, weight, eps, rows), x)
+
+
+def gated(gu: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gates applied; arguments as `tidar.kernels.products.gated`."""
+    check_product(gu, None, None, None, 0.0, None, out, gu.shape[-1] // 2)
+    gate, up = _normed(gu, None, 0.0, None).chunk(2, -1)
+    return _into(out, silu(gate) * up, gu)
+
+
+def _normed(x: Tensor, norm: Tensor | None, eps: float, rows: Tensor | None) -> Tensor:
+    wide = (x if rows is None else x[rows.long()]).to(torch.promote_types(x.dtype, torch.float32))
+    return wide if norm is None else wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm
+
+
+def _linear(wide: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = wide @ weight.to(wide.dtype).T
+    return product if bias is None else product + bias
+
+
+def _into(out: Tensor | None, result: Tensor, like: Tensor) -> Tensor:
+    return result.to(like.dtype) if out is None else out.copy_(result)
+
+
+def check_product(
+    x: Tensor,
+    norm: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rows: Tensor | None,
+    out: Tensor | None,
+    features: int,
+) -> None:
+    """`TidarError` unless the arguments fit together; ``features`` is the width of the result."""
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise TidarError(f"x must be (N, D) with contiguous rows, not {tuple(x.shape)} with strides {x.stride()}")
+    if weight is not None and (weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous()):
+        raise TidarError(f"weight must be (F, {x.shape[1]}) and contiguous, not {tuple(weight.shape)}")
+    if norm is not None and (norm.shape != x.shape[1:] or not eps > 0):
+        raise TidarError(f"norm must be ({x.shape[1]},) and eps above 0, not {tuple(norm.shape)} and {eps}")
+    if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
+        raise TidarError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+    if len({t.dtype for t in (x, norm, weight, bias) if t is not None}) > 1:
+        raise TidarError("rows, norm, weight and bias must have one dtype")
+    if rows is not None and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
+        raise TidarError(f"rows must be (N,) int32 or int64, not {tuple(rows.shape)} {rows.dtype}")
+    wanted = (len(x if rows is None else rows), features)
+    if out is not None and (out.shape != wanted or out.dtype not in (x.dtype, torch.float32) or out.stride(1) != 1):
+        raise TidarError(f"the result must be {wanted} with contiguous rows, {x.dtype} or float32, not "
+                         f"{tuple(out.shape)} {out.dtype}")  # fmt: skip
+    width = x.shape[1] if weight is None else weight.shape[0]
+    if width not in (features, 2 * features):
+        raise TidarError(f"gates and ups must be 2·F, not {width}")
