@@ -12,10 +12,12 @@ from tidar.api import Model
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy, Shape
+from tidar.decode.planner import few
+from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy, Shape
 from tidar.errors import TidarError
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
+from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES
 from tidar.layout import all_proposals
 
@@ -36,14 +38,12 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-class Restless:
+class Restless(Fixed):
     """Another shape every step."""
 
     def __init__(self) -> None:
+        super().__init__(6, ())
         self.turn = 0
-
-    def open(self, rows: int) -> int:
-        return 6
 
     def shape(self, held: int) -> Shape:
         self.turn += 1
@@ -57,9 +57,6 @@ class Restless:
 
     def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
         assert all(1 <= n <= shape.drafts for n in accepted)
-
-    def select(self, rows: Sequence[int]) -> None:
-        pass
 
 
 def params(**options: float) -> list[SamplingParams]:
@@ -163,3 +160,44 @@ def test_nan_is_an_error(converted: Callable[[str], Path]) -> None:
         engine.network.lean.norm.fill_(torch.nan)
         with pytest.raises(TidarError, match="NaN or infinite logits"):
             decoder.step()
+
+
+def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
+    """Several end at once, so that the smaller batch is padded too; with penalties, which padding must survive."""
+    each = [
+        SamplingParams(max_new_tokens=n, seed=n, temperature=0.9, repetition_penalty=1.3) for n in (3, 3, 9, 16, 23)
+    ]
+    expected = qwen3.generate(PROMPTS, each, method="ar")
+    for ahead in (1, 3):
+        made = FastDecoder(engine, Fixed(3, (1, 2, 3)), ahead=ahead)
+        found = generation.generate(engine.core, PROMPTS, each, lambda made=made: made, 5)
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert made._slots.rows == 1
+
+
+def test_planning_measures_once_and_keeps_it(
+    engine: Engine, qwen3: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
+    measured: list[int] = []
+    real = Latency.measure
+
+    def noting(self: Latency, calls: Sequence[Callable[[], object]]) -> list[float]:
+        measured.append(len(calls))
+        return real(self, calls)
+
+    monkeypatch.setattr(Latency, "measure", noting)
+    each = [SamplingParams(max_new_tokens=20)] * 2
+    expected = [c.token_ids for c in qwen3.generate(PROMPTS[:2], each, method="ar")]
+    for _ in range(2):
+        fresh = Engine(engine.core, plain=True)
+        for _ in range(2):
+            made = FastDecoder(fresh, Planning(4, list(few(4))))
+            found = generation.generate(fresh.core, PROMPTS[:2], each, lambda made=made: made, 2)
+            assert [c.token_ids for c in found] == expected
+    assert len(measured) == 2, "once for two rows and once for the one that goes on"
+    (file,) = tmp_path.iterdir()
+    file.write_text("{not json")
+    fresh = Engine(engine.core, plain=True)
+    generation.generate(fresh.core, PROMPTS[:1], each[:1], lambda: FastDecoder(fresh, Planning(4, list(few(4)))), 1)
+    assert len(measured) == 3 and "seconds" in file.read_text()

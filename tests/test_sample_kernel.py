@@ -88,13 +88,13 @@ class Case:
 
     def computed(self, chunk: int | None = None, **options: Any) -> Tensor:
         rows = RowParams.of(self.params)
-        given = {n: None if t is None else t.to(DEVICE) for n, t in self.made.items()}
-        flags = {"sampling": rows.any_sampling, "filtering": rows.any_filter, "first": self.first}
-        options = {"out": torch.full(self.logits.shape[:2], -(10**9), device=DEVICE)} | flags | options
+        given: dict[str, Any] = {n: None if t is None else t.to(DEVICE) for n, t in self.made.items()}
+        given |= {"sampling": rows.any_sampling, "filtering": rows.any_filter, "first": self.first}
+        given |= {"out": torch.full(self.logits.shape[:2], -(10**9), device=DEVICE)} | options
         logits = self.logits.to(DEVICE)
         before = logits.clone()
-        done = kernel.sample(logits, DeviceParams.of(self.params, DEVICE), **given, **options, chunk=chunk)
-        assert done is options["out"] or options["out"] is None
+        done = kernel.sample(logits, DeviceParams.of(self.params, DEVICE), **given, chunk=chunk)
+        assert done is given["out"] or given["out"] is None
         assert torch.equal(logits.nan_to_num(), before.nan_to_num())
         return done.cpu()
 
@@ -114,8 +114,9 @@ def random_logits(kind: str, rows: int, places: int, vocab: int, seed: int = 0) 
             return torch.zeros_like(x)
 
 
-@triton.jit
-def _noise(seeds, positions, out, ROWS: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr) -> None:
+def noise_of(
+    seeds: Any, positions: Any, out: Any, ROWS: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr
+) -> None:
     row, token = tl.arange(0, ROWS), tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     made = gumbel_noise(tl.load(seeds + row)[:, None], tl.load(positions + row)[:, None], token[None, :], STREAM)
     tl.store(out + (row * TOKENS * tl.num_programs(0))[:, None] + token[None, :], made)
@@ -128,7 +129,7 @@ def test_noise_has_the_same_bits(stream: int) -> None:
     seeds = torch.tensor([0x1234_5678_9ABC, 0, 2**63 - 1, 5], device=DEVICE)
     positions = torch.tensor([2**40 + 3, 0, 2**32 - 1, 2**32], device=DEVICE)
     out = torch.full((5, 16384), torch.nan, device=DEVICE)
-    _noise[(4,)](seeds, positions, out, 4, 4096, stream)
+    triton.jit(noise_of)[(4,)](seeds, positions, out, 4, 4096, stream)
     wanted = noise.gumbel(seeds.cpu(), positions.cpu()[:, None], 16384, stream=stream)[:, 0]
     assert torch.equal(out[:4].cpu(), wanted)
     assert torch.equal(out[4].cpu(), wanted[0])
@@ -137,7 +138,7 @@ def test_noise_has_the_same_bits(stream: int) -> None:
 @pytest.mark.parametrize("kind", ["usual", "flat", "peaked", "ties", "equal"])
 @pytest.mark.parametrize(
     ("vocab", "chunk"),
-    [(4, None), (37, None), (37, 16), (1003, None), (1003, 256), (4096, None), (8190, None), (9001, None)],
+    [(4, None), (37, None), (37, 16), (1003, 256), (4096, None), (8190, None), (9001, None)],
 )
 def test_tokens_are_those_of_sampling(vocab: int, chunk: int | None, kind: str) -> None:
     penalty = kind != "peaked"
@@ -193,7 +194,7 @@ def test_tokens_are_those_of_sampling_anywhere(data: st.DataObject) -> None:
 def test_top_p_at_its_edges() -> None:
     """The very tokens that may be drawn, of equals, where halves and tenths add up exactly."""
     for top_p, kept in ((0.3, 3), (0.31, 4), (0.8, 8), (1 - 1e-9, 10), (1e-60, 1)):
-        case = Case(torch.zeros(1, 30, 10), [SamplingParams(temperature=1.0, top_p=top_p)])
+        case = Case(torch.zeros(1, 40, 10), [SamplingParams(temperature=1.0, top_p=top_p)])
         tokens = case.computed()
         assert set(tokens.flatten().tolist()) == set(range(kept)), top_p
         if top_p > 1e-45:  # below, float32 has no such number and `process` keeps nothing
@@ -281,7 +282,7 @@ def test_a_captured_call_follows_its_inputs(vocab: int) -> None:
     cases = [Case(random_logits("usual", len(MIXED), 4, vocab, seed), MIXED, seed, penalty=True) for seed in range(3)]
     cases[1].params = MIXED[::-1]
     case = cases[0]
-    given = {n: None if t is None else t.to(DEVICE) for n, t in case.made.items()}
+    given: dict[str, Any] = {n: None if t is None else t.to(DEVICE) for n, t in case.made.items()}
     logits, params = case.logits.to(DEVICE), DeviceParams.of(MIXED, DEVICE)
     out = torch.empty(logits.shape[:2], dtype=torch.int64, device=DEVICE)
 
@@ -295,7 +296,7 @@ def test_a_captured_call_follows_its_inputs(vocab: int) -> None:
         run()
     for other in cases:
         logits.copy_(other.logits)
-        params.set(other.params)
+        params.copy_(DeviceParams.of(other.params, DEVICE))
         for name, tensor in given.items():
             if tensor is not None:
                 tensor.copy_(other.made[name])
@@ -334,8 +335,9 @@ from tidar.kernels import sample
 names = sample._sample.arg_names
 chunk = sample.chunk_of({vocab})
 fixed = dict(VOCAB={vocab}, CHUNK=chunk, SAMPLING=True, FILTERING=True) | dict.fromkeys({absent}, None)
-types = dict(logits="*fp32", lengths="*i32", temperatures="*fp64", top_ks="*i32", top_ps="*fp64", penalties="*fp64",
-    seeds="*i64", suppressed="*u8", seen="*u8", drafts="*i64", out="*i64", bad="*i32")
+types = dict.fromkeys(("logits", "temperatures", "top_ps", "penalties"), "*fp32")
+types |= dict.fromkeys(("lengths", "top_ks", "bad"), "*i32") | dict.fromkeys(("suppressed", "seen"), "*u8")
+types |= dict.fromkeys(("seeds", "drafts", "out"), "*i64")
 types = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
 even = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*") or n[-4:] == "step"}}
 source = ASTSource(sample._sample, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)

@@ -15,7 +15,7 @@ from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
-from tidar.decode.planner import Times
+from tidar.decode.planner import Times, few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
@@ -173,7 +173,7 @@ class Model:
         self, engine: Engine, method: Method, length: int, proposals: Sequence[int] | None
     ) -> Callable[[], Decoder]:
         if method == "auto":
-            return lambda: FastDecoder(engine, Planning(length))
+            return lambda: FastDecoder(engine, Planning(length, list(few(length))))
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
         chosen = check_proposals(length, all_proposals(length) if proposals is None else proposals)

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["provenance", "record"]
+__all__ = ["provenance", "record", "versions"]
 
 
 def provenance() -> dict[str, Any]:
@@ -28,13 +28,18 @@ def provenance() -> dict[str, Any]:
     return {
         "revision": _revision(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("tidar", "torch", "transformers", "triton")},
+        **versions(),
         "cuda": torch.version.cuda,
         "gpu": gpu,
         "cpu_threads": torch.get_num_threads(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of what speed and results may hang on."""
+    return {name: _version(name) for name in ("tidar", "torch", "transformers", "triton")}
 
 
 def record(path: Path, result: dict[str, Any]) -> dict[str, Any]:

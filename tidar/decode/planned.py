@@ -38,7 +38,7 @@ class PlannedDecoder(TidarDecoder):
         self.policy.open(rows)
         if rows not in self._known:
             self._known[rows] = Times(measure(self.model, rows))
-        self.policy.begin(self._known[rows])
+        self.policy.begin(lambda _: self._known[rows])
         return certain
 
     def shape(self) -> Shape:

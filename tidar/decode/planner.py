@@ -12,17 +12,18 @@ drafts are 1 … M-1. Behind a pruned proposal only the tail of a lower one is l
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tidar.layout import all_proposals
 
-__all__ = ["AR", "Acceptance", "Plan", "Times", "best", "candidates", "tokens_per_step"]
+__all__ = ["AR", "Acceptance", "Clock", "Measured", "Plan", "Times", "best", "candidates", "few", "tokens_per_step"]
 
 FORGET = 0.98
 """What an observation still weighs one step later: some fifty steps count."""
@@ -67,6 +68,19 @@ def candidates(longest: int) -> Iterator[Plan]:
         some = {all_proposals(k), (1,), (1, 2), (1, 2, 3), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6, 8, 12, 16)}
         for proposals in sorted({tuple(j for j in chosen if j <= k) for chosen in some}):
             yield Plan("tidar", k, proposals)
+
+
+def few(longest: int) -> Iterator[Plan]:
+    """The plans among which most is decided, where each costs seconds to make ready (`tidar.fast`)."""
+    yield AR
+    for k in sorted({longest, longest // 2, longest // 4} - {0, 1}, reverse=True):
+        some = {all_proposals(k)} | (
+            {all_proposals(k // 2), all_proposals(k // 4)} if k == longest and k >= 8 else set()
+        )
+        for proposals in sorted(some, reverse=True):
+            yield Plan("tidar", k, proposals)
+        if k > longest // 4:
+            yield Plan("linear", k)
 
 
 class Acceptance:
@@ -129,6 +143,43 @@ def tokens_per_step(plan: Plan, rates: NDArray[np.float64]) -> float:
         yields[behind] = chain.sum()
     share = np.linalg.matrix_power((moves + np.eye(k)) / 2, 256)[0]  # from the prefill's; lazy, so no cycles
     return float(share @ yields)
+
+
+class Clock(Protocol):
+    """Seconds a step takes by its queries."""
+
+    def __call__(self, queries: int) -> float:
+        """As far as it is known."""
+        ...
+
+    def update(self, queries: int, seconds: float) -> None:
+        """Take the time of one step."""
+        ...
+
+    def sure_of(self, queries: int) -> bool:
+        """It was measured, and not only supposed."""
+        ...
+
+
+class Measured:
+    """A `Clock` of times that were measured with care beforehand, and are not learned from.
+
+    Args:
+        seconds: of a step, by its queries.
+    """
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        self._seconds = dict(seconds)
+
+    def __call__(self, queries: int) -> float:
+        # What was not measured is the nearest larger step, or hopeless.
+        return min((s for q, s in self._seconds.items() if q >= queries), default=float("inf"))
+
+    def update(self, queries: int, seconds: float) -> None:
+        pass
+
+    def sure_of(self, queries: int) -> bool:
+        return queries in self._seconds
 
 
 class Times:

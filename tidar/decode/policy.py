@@ -5,12 +5,12 @@ A policy sees how many drafts are at hand and how many were accepted; it never s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from tidar.decode.planner import AR, Acceptance, Times, best, candidates
+from tidar.decode.planner import AR, Acceptance, Clock, Plan, best, candidates
 
-__all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy", "Shape"]
+__all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy", "Shape", "shapes"]
 
 REPLAN = 8
 """Steps between two looks at the plan."""
@@ -33,11 +33,25 @@ class Shape(NamedTuple):
         return self.drafts + len(self.proposals) * self.masks
 
 
+def shapes(plan: Plan) -> list[Shape]:
+    """Of the steps that a plan goes round in, in the order of `Plan.queries`."""
+    k = plan.draft_len
+    if plan.method == "ar" or k == 1:
+        return [Shape(1, (), 1)]
+    if plan.method == "linear":
+        return [Shape(k, (), k), Shape(1, (1,), k)]
+    return [Shape(k, plan.proposals, k)]
+
+
 class Policy(Protocol):
     """Asked for a shape before each step, told the outcome after it, in order; several steps may lie between."""
 
     def open(self, rows: int) -> int:
         """New rows; returns the masks of their prefill."""
+        ...
+
+    def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
+        """Decoding begins; ``times`` tells what steps of plans take here, measuring them if it must."""
         ...
 
     def shape(self, held: int) -> Shape:
@@ -66,6 +80,9 @@ class Fixed:
 
     def open(self, rows: int) -> int:
         return self._draft_len
+
+    def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
+        pass
 
     def shape(self, held: int) -> Shape:
         return Shape(held, self._proposals, self._draft_len)
@@ -104,20 +121,21 @@ class Planning:
 
     Args:
         draft_len: the longest draft.
+        plans: what to choose from; `candidates` by default.
 
     Attributes:
         plan: the one that steps follow now.
         acceptance: what was seen.
-        times: of steps; to be set before the first shape is asked for.
+        times: of steps.
     """
 
-    times: Times
+    times: Clock
 
-    def __init__(self, draft_len: int) -> None:
+    def __init__(self, draft_len: int, plans: Sequence[Plan] | None = None) -> None:
         self.plan = AR
         self.acceptance = Acceptance()
         self._draft_len = draft_len
-        self._plans = list(candidates(draft_len))
+        self._plans = list(candidates(draft_len) if plans is None else plans)
         self._steps = self._idle = 0
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind: list[int] = []  # offset of the certain token in its row's block
@@ -126,9 +144,8 @@ class Planning:
         self._block, self._behind = self._draft_len, [0] * rows
         return self._draft_len
 
-    def begin(self, times: Times) -> None:
-        """Plan with these times."""
-        self.times = times
+    def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
+        self.times = times(self._plans)
         self._replan()
 
     def shape(self, held: int) -> Shape:

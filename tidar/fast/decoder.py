@@ -70,6 +70,7 @@ class FastDecoder:
         certain, self.forwards = engine.prefill(self._slots, prompts, masks, self._flags)
         tokens = certain[: len(prompts)].tolist()
         self._check(bool(self._slots.bad.item()))
+        self._plan()
         return [[token] for token in tokens]
 
     def step(self) -> list[list[int]]:
@@ -96,6 +97,7 @@ class FastDecoder:
             slots = self._engine.slots(self, len(rows), self._slots.pages)
             slots.adopt(self._slots, self._rows)
             self._slots, self._rows, self._launched = slots, list(range(len(rows))), 0
+            self._plan()
 
     def _launch(self) -> None:
         shape = self._policy.shape(self._held)
@@ -118,6 +120,9 @@ class FastDecoder:
         self._check(min(counts) < 0)
         tokens = entry[:, 1:].tolist()
         self._read.append((flight.shape, [tokens[r][: counts[r]] for r in flight.rows]))
+
+    def _plan(self) -> None:
+        self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags))
 
     def _check(self, bad: bool) -> None:
         if bad:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tidar.config import SamplingParams
 from tidar.decode.base import PREFILL_PIECE
-from tidar.decode.policy import Shape
+from tidar.decode.planner import Clock, Measured, Plan
+from tidar.decode.policy import Shape, shapes
 from tidar.errors import TidarError
 from tidar.fast import ops
+from tidar.fast.latency import Latency
 from tidar.fast.lean import LeanModel
 from tidar.fast.pages import Pages, pages_for
 from tidar.fast.slots import Slots
@@ -30,6 +32,8 @@ MOST = 64
 """Longest draft."""
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Batches that graphs are captured for; others are padded."""
+LEAST_PREFIX = 256
+"""Steps behind shorter ones are not told apart."""
 PIECES = (64, 256, PREFILL_PIECE)
 """Prompt parts of one forward; others are padded. Few, because each is compiled for."""
 
@@ -64,6 +68,7 @@ class Engine:
         self.network = Network(LeanModel(core, kernels), kernels, core.max_positions + MOST)
         self._pages: Pages | None = None
         self._slots: list[tuple[Slots, weakref.ref[object]]] = []
+        self.latency = Latency(core)
 
     def open(
         self, user: object, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
@@ -120,6 +125,23 @@ class Engine:
         with torch.cuda.graph(graph):
             step()
         return Captured(graph, step)
+
+    @torch.inference_mode()
+    def clock(self, slots: Slots, plans: Sequence[Plan], flags: Flags) -> Clock:
+        """What steps of these plans take for these rows, with the prefixes they will have halfway; measured once."""
+        halfway = (slots.lengths + slots.limits) // 2
+        prefix = max(LEAST_PREFIX, 1 << int(halfway.max()).bit_length())
+        every = {shape.queries: shape for plan in plans for shape in shapes(plan)}
+        key = f"{slots.rows} rows, prefix {prefix}, {flags}"
+        known = self.latency.get(key)
+        if any(queries not in known for queries in every):
+            with slots.untouched():
+                slots.lengths.copy_(halfway)
+                slots.limits.copy_(halfway)  # rows at rest: a step moves nothing
+                calls = [self.step(slots, shape, flags) for shape in every.values()]
+                known = dict(zip(every, self.latency.measure(calls), strict=True))
+            self.latency.keep(key, known)
+        return Measured(known)
 
     def prefill(self, slots: Slots, prompts: Sequence[Sequence[int]], masks: int, flags: Flags) -> tuple[Tensor, int]:
         """Compute the prompts, each alone; leave certain token and drafts in ``slots``.

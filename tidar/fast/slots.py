@@ -88,11 +88,12 @@ class Slots:
         """Take the named rows of ``other``, with their pages, as they stand between two steps."""
         count = len(rows)
         index = torch.tensor(rows, device=self.device)
-        pairs = zip((*self._state[:5], *self.params.tensors), (*other._state[:5], *other.params.tensors), strict=True)
-        for mine, theirs in pairs:
+        for mine, theirs in zip(self._state[:5], other._state[:5], strict=True):
             mine[:count] = theirs[index]
             mine[count:] = 0
-        self.params.temperature[count:] = 0
+        self.params.copy_(DeviceParams.of([SamplingParams()] * self.rows, self.device))
+        for mine, theirs in zip(self.params.tensors, other.params.tensors, strict=True):
+            mine[:count] = theirs[index]
         self.tickets.zero_()
         self.bad.copy_(other.bad)
 

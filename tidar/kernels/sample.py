@@ -30,7 +30,6 @@ __all__ = ["sample"]
 WHOLE = 8192  # the largest vocabulary that stays in registers
 CHUNK = 4096  # tokens taken at a time of a larger one
 LAST = tl.constexpr(2**63 - 1)  # above all keys
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 LOWEST = tl.constexpr(-4.0)  # below the best score plus noise: scores go up to 0, noise down to -3.13
 NEAR = tl.constexpr(16)  # tokens too many up to which top-k takes them off one by one
 
@@ -87,8 +86,8 @@ def _before(bound, given, held, highest, temperature, VOCAB: tl.constexpr, CHUNK
 def _top_k(k, keys, given, held, highest, temperature, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
     """The key below which the first k tokens lie, or all if there are fewer; and their mass.
 
-    ``keys`` are those of the best token of each lane. As k of them are among the first k tokens or behind those, their
-    k-th bounds the search, and it is rarely far off: two of the first k must share a lane.
+    ``keys`` are those of the best token of each lane; with one chunk, of all tokens. The k-th of these cannot lie before
+    the k-th of all, so it bounds the search, and it lies behind only if two of the first k share a lane.
     """
     low, bound = tl.full((), 0, tl.int64), tl.full((), LAST, tl.int64)
     count = tl.full((), CHUNK, tl.int32)
@@ -147,7 +146,7 @@ def _sample(
     penalty = 1.0
     if seen is not None:
         seen += b * seen_step
-        penalty = tl.load(penalties + b).to(tl.float32)
+        penalty = tl.load(penalties + b)
     if drafts is not None:
         drafts += b * drafts_step
     given = (logits + b * logits_step + r.to(tl.int64) * row_step, suppressed, seen, drafts, r + 1, penalty)
@@ -165,9 +164,8 @@ def _sample(
     fine = tl.abs(highest) < float("inf")
 
     if SAMPLING:
-        exact = tl.load(temperatures + b)
-        if fine & (exact > 0):
-            temperature = tl.maximum(exact.to(tl.float32), TINY)
+        temperature = tl.load(temperatures + b)
+        if fine & (temperature > 0):
             seed, position = tl.load(seeds + b), tl.load(lengths + b).to(tl.int64) + first + r
             held = tl.div_rn(peak - highest, temperature)
             key = tl.full((), LAST, tl.int64)
@@ -177,15 +175,14 @@ def _sample(
                 k = tl.where((k > 0) & (k < VOCAB), k, 2**31 - 1)
                 key, mass = _top_k(k, _keys(held, at), given, held, highest, temperature, VOCAB, CHUNK)
                 # The first token has a mass of 1, and is always kept.
-                limit = tl.where(p < 1, tl.maximum(p.to(tl.float32) * mass.to(tl.float32), 1e-30), limit)
+                limit = tl.where(p < 1, tl.maximum(p * mass.to(tl.float32), 1e-30), limit)
             tried = False
             while not tried:
                 key = _best(key, seed, position, given, held, highest, temperature, VOCAB, CHUNK)
                 tried = True
-                if FILTERING:
-                    if limit < float("inf"):
-                        _, ahead, _ = _before(key, given, held, highest, temperature, VOCAB, CHUNK)
-                        tried = ahead.to(tl.float32) < limit
+                if FILTERING and limit < float("inf"):
+                    _, ahead, _ = _before(key, given, held, highest, temperature, VOCAB, CHUNK)
+                    tried = ahead.to(tl.float32) < limit
             token = (key & 0xFFFFFFFF).to(tl.int32)
 
     tl.store(out + b * tl.num_programs(0) + r, tl.where(fine, token, 0).to(tl.int64))
@@ -199,7 +196,7 @@ def chunk_of(vocab: int) -> int:
 
 
 def warps(chunk: int) -> int:
-    """Warps of a program: 8 tokens a thread, of which sm_90 spills none to memory; at most 16, 16 tokens."""
+    """Warps of a program: 8 tokens a thread, or 16 in the largest chunk, which spills a few registers of sm_90."""
     return min(max(chunk // 256, 1), 16)
 
 

@@ -1,0 +1,88 @@
+"""What steps take on this GPU: measured once, then read from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from tidar.model import CausalLM
+from tidar.provenance import versions
+
+__all__ = ["Latency", "folder"]
+
+ROUNDS, REPEAT = 5, 4
+"""Times that each step is measured, all of them in turn, and steps between two looks at the clock."""
+
+
+def folder() -> Path:
+    """Where tables are kept: TIDAR_CACHE, or ``tidar`` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TIDAR_CACHE") or Path(home) / "tidar")
+
+
+class Latency:
+    """Seconds of steps by queries, for each kind of batch; a file for each GPU, model size, dtype and set of versions.
+
+    A file that cannot be read or written is done without: then steps are measured once in each process.
+    """
+
+    def __init__(self, core: CausalLM) -> None:
+        config = core.hf.config.to_dict()
+        sizes = {k: v for k, v in sorted(config.items()) if isinstance(v, int | bool)}
+        gpu = torch.cuda.get_device_name(core.device) if core.device.type == "cuda" else platform.processor()
+        identity = [gpu, config["model_type"], sizes, str(core.dtype), versions()]
+        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.path = folder() / f"latency-{name}.json"
+        self._identity = identity
+        self._table: dict[str, dict[int, float]] | None = None
+
+    def get(self, key: str) -> dict[int, float]:
+        """What is known of this kind of batch."""
+        if self._table is None:
+            try:
+                kept = json.loads(self.path.read_text())["seconds"]
+                self._table = {k: {int(q): float(s) for q, s in each.items()} for k, each in kept.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                self._table = {}
+        return self._table.get(key, {})
+
+    def keep(self, key: str, seconds: Mapping[int, float]) -> None:
+        """Note it, here and in the file."""
+        table = {**(self._table or {}), key: {**self.get(key), **seconds}}
+        self._table = table
+        text = json.dumps({"measured": self._identity, "seconds": table}, indent=1)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                file.write(text)
+            os.replace(file.name, self.path)
+        except OSError:
+            pass
+
+    def measure(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Median seconds of each call, all of them in turn."""
+        found: list[list[float]] = [[] for _ in calls]
+        for turn in range(ROUNDS + 1):
+            for kept, call in zip(found, calls, strict=True):
+                _wait()
+                begin = time.perf_counter()
+                for _ in range(REPEAT):
+                    call()
+                _wait()
+                if turn:
+                    kept.append((time.perf_counter() - begin) / REPEAT)
+        return [median(each) for each in found]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
