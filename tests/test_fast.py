@@ -1,15 +1,19 @@
-"""Decoding by captured steps, here with the kernels' plain twins and uncaptured: the same tokens as the plain path."""
+"""Decoding by captured steps gives the tokens of the plain path.
+
+On a GPU the kernels run, in captured graphs and float32; without one their plain twins, uncaptured and in float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tidar.api import Model
-from tidar.checkpoint import load_model
+from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.planner import few
@@ -19,6 +23,8 @@ from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES
+from tidar.fast.slots import Slots
+from tidar.fast.step import Flags, Network, Step
 from tidar.layout import all_proposals
 
 PROMPTS = [
@@ -28,6 +34,8 @@ PROMPTS = [
     list(b"import os"),
     [7] * 70,
 ]
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", "float32") if GPU else ("cpu", "float64")
 POLICIES: dict[str, Callable[[], Policy]] = {
     "ar": Autoregressive,
     "k1": lambda: Fixed(1, ()),
@@ -59,6 +67,10 @@ class Restless(Fixed):
         assert all(1 <= n <= shape.drafts for n in accepted)
 
 
+def _once(decoder: FastDecoder) -> Callable[[], FastDecoder]:
+    return lambda: decoder
+
+
 def params(**options: float) -> list[SamplingParams]:
     return [
         SamplingParams(max_new_tokens=9 + 7 * n, seed=n, **options)  # type: ignore[arg-type]
@@ -68,7 +80,11 @@ def params(**options: float) -> list[SamplingParams]:
 
 @pytest.fixture(scope="module")
 def engine(converted: Callable[[str], Path]) -> Engine:
-    return Engine(load_model(converted("qwen3"), dtype="float64"), plain=True)
+    return made(converted("qwen3"))
+
+
+def made(folder: Path) -> Engine:
+    return Engine(load_model(folder, device=DEVICE, dtype=DTYPE), plain=not GPU)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -100,7 +116,7 @@ def test_changing_shapes_changes_no_token(engine: Engine, qwen3: Model) -> None:
 def test_families(family: str, converted: Callable[[str], Path]) -> None:
     core = load_model(converted(family), dtype="float64")
     expected = Model(core).generate(PROMPTS, params(), method="ar")
-    engine = Engine(load_model(converted(family), dtype="float64"), plain=True)
+    engine = made(converted(family))
     found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(4, (1, 2, 4))), 3)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
@@ -109,11 +125,11 @@ def test_reference_checkpoint_drafts_as_on_the_plain_path() -> None:
     """With a transition, and real acceptance: as many forwards as the plain path, not only the same tokens."""
     import tidar
 
-    plain = tidar.load(dtype="float64")
+    plain = tidar.load(device=DEVICE, dtype=DTYPE, fast=False)
     prompts = [plain.core.tokenizer(text)["input_ids"] for text in ("def fib(n):\n", "import os\n\n\nclass Walker:\n")]
     each = [SamplingParams(max_new_tokens=24), SamplingParams(max_new_tokens=24, temperature=0.7, seed=3)]
     expected = plain.generate(prompts, each, method="tidar", draft_len=8)
-    engine = Engine(tidar.load(dtype="float64").core, plain=True)
+    engine = made(embedded_checkpoint())
     found = generation.generate(engine.core, prompts, each, lambda: FastDecoder(engine, Fixed(8, all_proposals(8))), 2)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert [c.forwards for c in found] == [c.forwards for c in expected]
@@ -138,7 +154,7 @@ def test_two_streams_at_once_do_not_meet(engine: Engine, qwen3: Model) -> None:
     def stream(prompt: list[int]) -> list[int]:
         return qwen3.generate([prompt], each, method="ar")[0].token_ids
 
-    def fast(prompt: list[int]) -> generation.Iterator[generation.Chunk]:
+    def fast(prompt: list[int]) -> Iterator[generation.Chunk]:
         return generation.stream(engine.core, [prompt], each, lambda: FastDecoder(engine, Fixed(3, (1, 2, 3))), 1)
 
     streams = [fast(p) for p in PROMPTS[:3]]
@@ -152,14 +168,37 @@ def test_two_streams_at_once_do_not_meet(engine: Engine, qwen3: Model) -> None:
 
 
 def test_nan_is_an_error(converted: Callable[[str], Path]) -> None:
-    core = load_model(converted("qwen3"), dtype="float32")
-    engine = Engine(core, plain=True)
+    engine = made(converted("qwen3"))
     decoder = FastDecoder(engine, Autoregressive())
     with torch.inference_mode():
         decoder.prefill(PROMPTS[:1], params()[:1])
         engine.network.lean.norm.fill_(torch.nan)
         with pytest.raises(TidarError, match="NaN or infinite logits"):
-            decoder.step()
+            list(iter(decoder.step, None))
+
+
+@pytest.mark.parametrize("fault", ["none", "stale buffer", "wrong row length", "lost keys"])
+def test_planted_faults_are_caught(
+    fault: str, converted: Callable[[str], Path], qwen3: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the equality tests rest on: a fault in what a captured step reads changes the text."""
+    each = [SamplingParams(max_new_tokens=40)] * 2
+    expected = [c.token_ids for c in qwen3.generate(PROMPTS[:2], each, method="ar")]
+    engine = made(converted("qwen3"))
+    real = Step.__init__
+
+    def planted(self: Step, network: Network, slots: Slots, shape: Shape, flags: Flags) -> None:
+        real(self, network, slots, shape, flags)
+        if fault == "stale buffer":
+            self._layout = replace(self._layout, lengths=slots.lengths.clone())
+        elif fault == "wrong row length":
+            self._layout = replace(self._layout, lengths=slots.lengths.flip(0).contiguous())
+        elif fault == "lost keys":
+            self._layout.counts.zero_()
+
+    monkeypatch.setattr(Step, "__init__", planted)
+    found = generation.generate(engine.core, PROMPTS[:2], each, lambda: FastDecoder(engine, Fixed(3, (1, 2, 3))), 2)
+    assert ([c.token_ids for c in found] == expected) == (fault == "none")
 
 
 def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
@@ -169,35 +208,37 @@ def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
     ]
     expected = qwen3.generate(PROMPTS, each, method="ar")
     for ahead in (1, 3):
-        made = FastDecoder(engine, Fixed(3, (1, 2, 3)), ahead=ahead)
-        found = generation.generate(engine.core, PROMPTS, each, lambda made=made: made, 5)
+        decoder = FastDecoder(engine, Fixed(3, (1, 2, 3)), ahead=ahead)
+        found = generation.generate(engine.core, PROMPTS, each, _once(decoder), 5)
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
-        assert made._slots.rows == 1
+        assert decoder._slots.rows == 1
 
 
 def test_planning_measures_once_and_keeps_it(
     engine: Engine, qwen3: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path))
-    measured: list[int] = []
-    real = Latency.measure
+    measured: list[str] = []
+    real = Latency.keep
 
-    def noting(self: Latency, calls: Sequence[Callable[[], object]]) -> list[float]:
-        measured.append(len(calls))
-        return real(self, calls)
+    def noting(self: Latency, key: str, seconds: dict[int, float]) -> None:
+        measured.append(key)
+        real(self, key, seconds)
 
-    monkeypatch.setattr(Latency, "measure", noting)
+    monkeypatch.setattr(Latency, "keep", noting)
     each = [SamplingParams(max_new_tokens=20)] * 2
     expected = [c.token_ids for c in qwen3.generate(PROMPTS[:2], each, method="ar")]
     for _ in range(2):
-        fresh = Engine(engine.core, plain=True)
+        fresh = Engine(engine.core, plain=not GPU)
         for _ in range(2):
-            made = FastDecoder(fresh, Planning(4, list(few(4))))
-            found = generation.generate(fresh.core, PROMPTS[:2], each, lambda made=made: made, 2)
+            decoder = FastDecoder(fresh, Planning(4, list(few(4))))
+            found = generation.generate(fresh.core, PROMPTS[:2], each, _once(decoder), 2)
             assert [c.token_ids for c in found] == expected
-    assert len(measured) == 2, "once for two rows and once for the one that goes on"
+    assert measured and len(set(measured)) == len(measured), "a kind of batch was measured twice"
     (file,) = tmp_path.iterdir()
     file.write_text("{not json")
-    fresh = Engine(engine.core, plain=True)
+    before = len(measured)
+    fresh = Engine(engine.core, plain=not GPU)
     generation.generate(fresh.core, PROMPTS[:1], each[:1], lambda: FastDecoder(fresh, Planning(4, list(few(4)))), 1)
-    assert len(measured) == 3 and "seconds" in file.read_text()
+    assert len(measured) == before + 1
+    assert "seconds" in file.read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,18 +38,19 @@ def test_rotate(heads: int, kv: int, width: int, normed: bool, dtype: torch.dtyp
     for run in (plain.rotate, rotate):
         stores = [torch.full((pages, page, kv, width), torch.nan, device=DEVICE).to(dtype) for _ in range(2)]
         turn = angle.cos().to(dtype), angle.sin().to(dtype)
-        q, k, v = run(projected, *norms, *turn, offsets, *stores, table, lengths, counts, eps=1e-6)
+        given: list[Any] = [projected, *norms, *turn, offsets, *stores, table, lengths, counts]
+        q, k, v = run(*given, eps=1e-6)
         results.append((q, k, v, *stores))
     for mine, theirs in zip(*results, strict=True):
-        close = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-        torch.testing.assert_close(theirs, mine, equal_nan=True, **close)
+        close = 1e-5 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(theirs, mine, equal_nan=True, rtol=close, atol=close)
     written = ~results[1][3].isnan().all(-1).all(-1)
     # Row 2's table ends after 12 tokens, and it writes none; rows 0 and 1 write 5 and 3.
     assert int(written.sum()) == 8
 
 
 def test_rotate_drops_what_its_table_has_no_page_for() -> None:
-    stores = [torch.zeros(3, 2, 1, 16, device=DEVICE) for _ in range(2)]
+    stores = torch.zeros(3, 2, 1, 16, device=DEVICE), torch.zeros(3, 2, 1, 16, device=DEVICE)
     heads = torch.ones(2, 2, 3, 16, device=DEVICE)
     turn = torch.ones(8, 16, device=DEVICE), torch.zeros(8, 16, device=DEVICE)
     table = ints(1, 2).view(2, 1)
@@ -56,8 +59,8 @@ def test_rotate_drops_what_its_table_has_no_page_for() -> None:
 
 
 def test_rotate_refuses_what_does_not_fit() -> None:
-    heads, stores = torch.ones(1, 2, 4, 16, device=DEVICE), [torch.zeros(3, 2, 1, 16, device=DEVICE)] * 2
-    turn = [torch.ones(8, 16, device=DEVICE)] * 2
+    heads, pages, ones = (torch.ones(shape, device=DEVICE) for shape in ((1, 2, 4, 16), (3, 2, 1, 16), (8, 16)))
+    stores, turn = (pages, pages), (ones, ones)
     rest = ints(1).view(1, 1), ints(0), ints(1)
     with pytest.raises(TidarError, match="offsets must be int32"):
         rotate(heads, None, None, *turn, ints(0), *stores, *rest, eps=1e-6)

@@ -89,7 +89,7 @@ def interleaved(calls: Sequence[Callable[[], object]], *, rounds: int, repeat: i
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for kept, call in zip(times, calls, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             for _ in range(repeat):
                 call()

@@ -104,7 +104,7 @@ class FastDecoder:
         self._engine.step(self._slots, shape, self._flags)()
         done = None
         if self._slots.device.type == "cuda":
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         self._flying.append(_Flight(shape, self._launched % DEPTH, done, list(self._rows)))
         self._launched += 1

@@ -96,6 +96,12 @@ class Engine:
         self._slots.append((made, weakref.ref(user)))
         return made
 
+    def forget(self, slots: Slots) -> None:
+        """Drop rows with their graphs, and all pages if nobody else has any."""
+        self._slots = [(each, owner) for each, owner in self._slots if each is not slots]
+        if all(each.pages is not self._pages for each, _ in self._slots):
+            self._pages = None
+
     def _room(self, count: int) -> Pages:
         """Pages of which ``count`` are free."""
         if self._pages is None or self._pages.free < count:

@@ -1,0 +1,110 @@
+"""How long steps take, by what they feed: times, floors, and the speed-up they would give.
+
+Rows are at rest at the given prefix: a step does all its work and moves nothing, so it can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tidar.bench.floors import as_dict, floor, interleaved, rates
+from tidar.bench.shapes import random_model
+from tidar.checkpoint import load_model
+from tidar.config import SamplingParams
+from tidar.decode.policy import Shape
+from tidar.errors import TidarError
+from tidar.fast import obstacle
+from tidar.fast.engine import Engine
+from tidar.fast.slots import Slots
+from tidar.fast.step import Flags
+from tidar.layout import all_proposals
+from tidar.model import CausalLM
+
+__all__ = ["at_rest", "model_of", "run", "step_shapes"]
+
+ROUNDS, REPEAT = 15, 5
+
+
+def step_shapes(draft_len: int) -> dict[str, Shape]:
+    """Steps worth timing for a draft length K, by name: ``ar``; the two of two-forward decoding; one-forward steps with
+    fewer and fewer proposals."""
+    k = draft_len
+    found = {
+        "ar": Shape(1, (), 1),
+        "verify": Shape(k, (), k),
+        "draft": Shape(1, (1,), k),
+        "tidar": Shape(k, all_proposals(k), k),
+    }
+    for count in sorted({k - 1, k // 2, k // 4} - {0}, reverse=True):
+        found[f"tidar, {count} proposals"] = Shape(k, all_proposals(count), k)
+    return found
+
+
+@torch.inference_mode()
+def at_rest(engine: Engine, rows: int, prefix: int) -> Slots:
+    """Rows behind a prefix of random keys and values; zeros would be quicker than real ones."""
+    params = [SamplingParams(max_new_tokens=64, temperature=0.8, top_p=0.95, seed=n) for n in range(rows)]
+    slots, _ = engine.open(engine, [[1] * prefix] * rows, params)
+    slots.lengths.fill_(prefix)
+    slots.limits.fill_(prefix)
+    slots.pages.keys.normal_()
+    slots.pages.values.normal_()
+    slots.drafts.random_(0, engine.core.vocab_size - 1)
+    return slots
+
+
+def model_of(name: str | None, size: str | None, layers: int | None, dtype: str = "bfloat16") -> CausalLM:
+    """A checkpoint, or random weights of a size in `tidar.bench.shapes`; for a GPU."""
+    if size is not None:
+        return random_model(size, layers=layers, dtype=dtype)
+    from tidar.checkpoint import embedded_checkpoint
+
+    return load_model(embedded_checkpoint() if name is None else name, device="cuda", dtype=dtype)
+
+
+def run(
+    core: CausalLM, *, draft_len: int, prefixes: Sequence[int], rows: Sequence[int], sampled: bool = False
+) -> list[dict[str, Any]]:
+    """One line a kind of step, batch and prefix.
+
+    Each has ``milliseconds``, ``floor_milliseconds``, ``share`` (floor over time), ``over_ar`` (time over that of the
+    autoregressive step measured in turn with it), and the rates that the floors rest on.
+
+    Raises:
+        TidarError: no GPU, or a model that the fast path does not take.
+    """
+    if (why := obstacle(core)) is not None:
+        raise TidarError(f"steps cannot be timed: {why}")
+    engine, rate = Engine(core), rates(core.device)
+    flags = Flags(sampling=sampled, filtering=sampled, penalty=False)
+    shapes = step_shapes(draft_len)
+    lines = []
+    for count in rows:
+        for prefix in prefixes:
+            slots = at_rest(engine, count, prefix)
+            calls = [engine.step(slots, shape, flags) for shape in shapes.values()]
+            times = interleaved(calls, rounds=ROUNDS, repeat=REPEAT)
+            for (name, shape), seconds in zip(shapes.items(), times, strict=True):
+                least = floor(engine.network.lean, shape, count, prefix, rate)
+                lines.append(
+                    {
+                        "model": core.path,
+                        "dtype": str(core.dtype).removeprefix("torch."),
+                        "step": name,
+                        "queries": shape.queries,
+                        "batch": count,
+                        "prefix": prefix,
+                        "sampled": sampled,
+                        "milliseconds": round(seconds * 1e3, 5),
+                        "floor_milliseconds": round(least.seconds * 1e3, 5),
+                        "share": round(least.seconds / seconds, 4),
+                        "over_ar": round(seconds / times[0], 4),
+                        "floor": as_dict(least),
+                        "rates": as_dict(rate),
+                    }
+                )
+            engine.forget(slots)
+    return lines
