@@ -9,16 +9,18 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import tyro
-from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
+from tyro.conf import OmitSubcommandPrefixes, Positional, arg
 
+from tidar.bench.command import Bench
 from tidar.config import SamplingParams
 from tidar.errors import TidarError
+from tidar.prompts import read_prompts
 from tidar.recipes import RECIPES, load_recipe
 from tidar.train.config import TrainConfig
 
@@ -108,7 +110,7 @@ class Generate:
     def run(self) -> None:
         if (self.prompt is None) == (self.prompt_file is None):
             raise TidarError("nothing to complete: give either --prompt TEXT or --prompt-file FILE")
-        prompts = [self.prompt] if self.prompt is not None else list(_read_prompts(self.prompt_file or ""))
+        prompts = [self.prompt] if self.prompt is not None else list(read_prompts(self.prompt_file or ""))
         model = self.checkpoint.load()
         options = self.decoding.options()
         if self.prompt is not None and not self.json:
@@ -180,100 +182,6 @@ class TrainRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStep:
-    """Time single steps, by what they feed, behind a prefix, against the floors of this GPU."""
-
-    model: Annotated[str | None, arg(metavar="FOLDER|HUB-ID")] = None
-    """Checkpoint; by default the one that comes with the package."""
-    size: Annotated[str | None, arg(metavar="NAME")] = None
-    """Random weights instead: qwen2.5-1.5b, qwen3-8b or qwen3-32b."""
-    layers: Annotated[int | None, arg(metavar="N")] = None
-    """Of `size`, this many layers only."""
-    dtype: Annotated[str, arg(metavar="bfloat16|float16|float32")] = "bfloat16"
-    """Of the weights."""
-    draft_len: Annotated[int, arg(metavar="K")] = 16
-    """Drafts a step."""
-    prefix: tuple[int, ...] = (1024,)
-    """Committed tokens of each row."""
-    batch: tuple[int, ...] = (1,)
-    """Rows."""
-    sampled: bool = False
-    """With temperature and top-p, instead of greedy."""
-    record: Annotated[str | None, arg(metavar="FILE")] = None
-    """Append each line, with what it was measured with, to this .jsonl file."""
-
-    def run(self) -> None:
-        from tidar.bench import report, step
-
-        core = step.model_of(self.model, self.size, self.layers, self.dtype)
-        lines = step.run(core, draft_len=self.draft_len, prefixes=self.prefix, rows=self.batch, sampled=self.sampled)
-        report.steps(lines, self.record)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchDecode:
-    """Time whole decoding, by method, on real prompts, against autoregressive decoding."""
-
-    model: Annotated[str | None, arg(metavar="FOLDER|HUB-ID")] = None
-    """Checkpoint; by default the one that comes with the package."""
-    prompts: Annotated[str | None, arg(metavar="FILE")] = None
-    """Texts, one JSON string a line; by default those of the demo."""
-    prompt_tokens: int = 256
-    """Of each, at most."""
-    count: int = 32
-    """Prompts, at most."""
-    new_tokens: int = 256
-    """Of each answer."""
-    dtype: Annotated[str, arg(metavar="bfloat16|float16|float32")] = "bfloat16"
-    """Of the weights."""
-    draft_len: Annotated[int | None, arg(metavar="K")] = None
-    """Longest draft; by default the longest the model was trained for."""
-    batch: tuple[int, ...] = (1,)
-    """Prompts decoded together."""
-    temperature: float = 0.0
-    """As in `tidar generate`."""
-    top_p: float = 1.0
-    """As in `tidar generate`."""
-    baselines: bool = False
-    """Also transformers' generate, alone and with prompt lookup, and FlexAttention with a mask sliced every step."""
-    record: Annotated[str | None, arg(metavar="FILE")] = None
-    """Append each line, with what it was measured with, to this .jsonl file."""
-
-    def run(self) -> None:
-        from tidar.bench import baselines, decode, report, step
-        from tidar.demo import PROMPTS
-
-        core = step.model_of(self.model, None, None, self.dtype)
-        texts = list(PROMPTS) if self.prompts is None else list(_read_prompts(self.prompts))
-        ids = [core.tokenizer(text)["input_ids"][: self.prompt_tokens] for text in texts[: self.count]]
-        length = self.draft_len or max(core.spec.block_sizes if core.spec else (), default=8)
-        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else None
-        lines = []
-        for rows in self.batch:
-            others = baselines.decoders(core, length, sampling) if self.baselines and rows == 1 else None
-            lines += decode.run(
-                core,
-                ids,
-                draft_len=length,
-                batch=rows,
-                new_tokens=self.new_tokens,
-                sampling=sampling,
-                others=others,
-            )
-        report.decoding(lines, self.record)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Measure speed on a GPU; the last line printed is JSON."""
-
-    what: Annotated[BenchStep, subcommand("step")] | Annotated[BenchDecode, subcommand("decode")]
-
-    def run(self) -> None:
-        self.what.run()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Info:
     """Versions, devices and the default checkpoint: what a bug report needs."""
 
@@ -299,21 +207,6 @@ def _quiet() -> None:
 
 def _as_dict(answer: Completion) -> dict[str, Any]:
     return {**vars(answer), "tokens_per_forward": answer.tokens_per_forward}
-
-
-def _read_prompts(path: str) -> Iterator[str]:
-    try:
-        text = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise TidarError(f"cannot read {path}: {error.strerror}") from error
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            prompt = json.loads(line.decode())
-        except ValueError:  # bad UTF-8 and bad JSON alike
-            prompt = None
-        if not isinstance(prompt, str):
-            raise TidarError(f'{path}:{number}: not a JSON string; write one prompt a line, such as "def f(x):\\n"')
-        yield prompt
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.pdl import begin, options
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["accept", "embed"]
@@ -19,8 +20,9 @@ __all__ = ["accept", "embed"]
 @triton.jit
 def _embed(
     drafts, table, out, mask_id, draft_step,
-    DRAFTS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    DRAFTS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
+    begin(PDL)
     query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = tl.load(drafts + row * draft_step + query, mask=query < DRAFTS, other=mask_id)
     column = tl.arange(0, WIDTH)
@@ -41,8 +43,9 @@ def embed(drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int)
     rows, width = drafts.shape[0], table.shape[1]
     out = torch.empty(rows, queries, width, dtype=table.dtype, device=table.device)
     _embed[queries, rows](
-        drafts, table, out, mask_id, drafts.stride(0), DRAFTS=count, QUERIES=queries, D=width, WIDTH=power_of_2(width)
-    )
+        drafts, table, out, mask_id, drafts.stride(0),
+        DRAFTS=count, QUERIES=queries, D=width, WIDTH=power_of_2(width), **options(table.device),
+    )  # fmt: skip
     return out
 
 
@@ -51,9 +54,10 @@ def _accept(
     sampled, drafts, lengths, limits, tickets, ring, kept, levels, states, made, seen, bad,
     draft_step, ring_step, ring_row, seen_step,
     DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, MASKS: tl.constexpr, MASKS_UP: tl.constexpr,
-    QUERIES: tl.constexpr, DEPTH: tl.constexpr,
+    QUERIES: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row."""
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, DRAFTS_UP)
     s = tl.load(sampled + row * DRAFTS + i, mask=i < DRAFTS, other=0)
@@ -130,6 +134,6 @@ def accept(
         sampled, drafts, lengths, limits, tickets, ring, kept, levels, states, made, seen, bad,
         drafts.stride(0), ring.stride(0), ring.stride(1), 0 if seen is None else seen.stride(0),
         DRAFTS=count, DRAFTS_UP=power_of_2(count), MASKS=masks, MASKS_UP=power_of_2(max(masks - 1, 1)),
-        QUERIES=queries, DEPTH=ring.shape[0], num_warps=1,
+        QUERIES=queries, DEPTH=ring.shape[0], num_warps=1, **options(sampled.device),
     )  # fmt: skip
     return states, made

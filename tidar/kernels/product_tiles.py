@@ -6,19 +6,22 @@ Everything here is decided by static sizes, before a step runs, so that a captur
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from tidar.errors import TidarError
+from tidar.kernels.workspace import power_of_2
 
 __all__ = ["ProductTiles", "candidates", "default_tiles", "graph_time", "tune_product"]
 
-LEAST = 96
-"""Programs below which too few of a Hopper GPU's 132 multiprocessors ask for weights to use its memory's bandwidth."""
+PROCESSORS = 132
+"""Multiprocessors of a Hopper GPU."""
 FLIGHT = 40 * 2**10
 """Bytes of weights that a multiprocessor should have asked for at any time: its bandwidth times a microsecond."""
+EARLY = 32 * 2**10
+"""Bytes of its weight that a program asks for before the kernel ahead has finished."""
 SHARED = 220 * 2**10
 """Shared memory of a program for its tiles."""
 
@@ -34,6 +37,10 @@ class ProductTiles:
         depth: numbers of a row taken at a time; cut to what divides the weight's depth.
         warps: warps of a program.
         stages: depths of the pipeline, one more than tiles in flight.
+        splits: programs that share the depth of a tile; any number. The last of them adds their sums up, in their
+            order. Not for a norm within the product, which becomes a launch of its own.
+        ahead: numbers of each of its weight's rows that a program asks for, into the L2 cache, before the kernel ahead
+            has finished; 0 or a power of 2. Nothing where kernels run one after another.
 
     Raises:
         TidarError: sizes that cannot be.
@@ -44,11 +51,16 @@ class ProductTiles:
     depth: int
     warps: int
     stages: int
+    splits: int = 1
+    ahead: int = 0
 
     def __post_init__(self) -> None:
-        powers = all(n > 0 and n & (n - 1) == 0 for n in (self.rows, self.cols, self.depth, self.warps))
-        if not powers or 1 < self.rows < 16 or self.cols < 8 or self.depth < 16 or self.stages < 1:
+        sizes = (self.rows, self.cols, self.depth, self.warps, self.ahead or 64)
+        powers = all(n > 0 and n & (n - 1) == 0 for n in sizes)
+        if not powers or 1 < self.rows < 16 or self.cols < 8 or self.depth < 16 or min(self.stages, self.splits) < 1:
             raise TidarError(f"tiles must be powers of 2, 1 or at least 16 rows, 8 cols and 16 of depth, not {self}")
+        if 0 < self.ahead < 64:
+            raise TidarError(f"at least 64 numbers are asked for ahead, not {self.ahead}")
 
     def constants(self, depth: int, features: int, itemsize: int, *, gates: bool) -> dict[str, int]:
         """What the kernel is compiled for, for results of ``features``."""
@@ -58,20 +70,26 @@ class ProductTiles:
             "F": features,
             "GATES": gates,
             "ROWS": self.rows,
-            "COLS": self.cols // 2 if gates else self.cols,
+            "COLS": self.cols,
             "DEPTH": taken,
             "SLICES": min(self.warps, taken // 16) if 1 < self.rows < 64 and itemsize == 2 else 1,
             "STAGES": self.stages,
+            "SPLITS": self.splits,
+            "AHEAD": self.ahead,
         }
 
 
 def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> ProductTiles | None:
     """Tiles without measuring, or None for cuBLAS: a product of (n_rows, depth) and a weight (features, depth).
 
-    Few rows are bound by the weight's way from memory: as many columns a program as leave `LEAST` programs, because
-    each reads all of its rows again, from the L2 cache. From 33 rows on these reads weigh more than the weight's, so
-    narrow weights, which would need narrow tiles, are left to cuBLAS, which may share out the depth. So are more than
-    64 rows, which are bound by arithmetic.
+    The rules behind what was measured fastest on an H200, for models of 17 million to 8 billion parameters:
+
+    One row is bound by the weight's way from memory: small tiles, many a multiprocessor; a short row of the weight is
+    asked for at once. Up to 32 rows too, but each program reads all of them again from the L2 cache: one program a
+    multiprocessor, if tiles of up to 64 columns allow it. Wider weights take several rounds: tiles of 32 columns, so
+    that the last round wastes little, or of 64 if there are so many that it does not count. More rows are bound by
+    arithmetic and left to cuBLAS, which may share out the depth; except for those of a small model, where a launch less
+    for the norm counts for more.
 
     Args:
         n_rows: rows of x.
@@ -79,26 +97,44 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
         depth: D, columns of the weight.
         itemsize: bytes of a number.
     """
-    fit = next((cols for cols in (128, 64, 32, 16) if features // cols >= LEAST), 8)
-    if itemsize > 2 and n_rows <= 64:
-        return _cut((16, 32, 32, 4), depth, itemsize)
+    if itemsize > 2:
+        return _cut((16, 32, 32, 4), depth, itemsize) if n_rows <= 64 else None
     if n_rows == 1:
-        cols = min(fit, 32)
-        return _cut((1, cols, min(512, 8192 // cols), 4), depth, itemsize)
+        cols = 16 if features >= 16 * PROCESSORS else 8
+        return _cut((1, cols, 512 if depth <= 2048 else 256, 4), depth, itemsize)
     if n_rows <= 32:
-        return _cut((16 if n_rows <= 16 else 32, max(16, min(fit, 32)), 256, 4), depth, itemsize)
-    if n_rows <= 64 and fit >= 32:
-        return _cut((64, fit, 128 if fit == 32 else 64, 4), depth, itemsize)
+        rows, needed = 16 if n_rows <= 16 else 32, features / PROCESSORS
+        if needed * depth * itemsize <= FLIGHT:
+            needed = 16  # all of the weight is under way at once: the more programs, the sooner
+        if needed <= 32:
+            return _cut((rows, 16 if needed <= 16 else 32, 256, 4), depth, itemsize)
+        return _cut((rows, 64 if needed <= 64 or needed > 512 else 32, 128, 2), depth, itemsize)
+    if depth <= 512 and n_rows <= 320:
+        return _cut((64, 64, 64, 4) if features >= 512 else (64, 32, 128, 4), depth, itemsize)
+    cols = next((cols for cols in (128, 64, 32) if features >= 96 * cols), None)
+    if n_rows <= 64 and cols:
+        return _cut((64, cols, 128 if cols == 32 else 64, 4), depth, itemsize)
     return None
 
 
 def candidates(n_rows: int, features: int, depth: int, itemsize: int) -> Iterator[ProductTiles | None]:
     """Tiles worth trying, the default and cuBLAS first. Arguments as `default_tiles`'."""
-    seen = {default_tiles(n_rows, features, depth, itemsize): None, None: None}
+    default = default_tiles(n_rows, features, depth, itemsize)
+    seen = {default: None, None: None}
+    if default and default.ahead:
+        seen |= {replace(default, ahead=ahead): None for ahead in (0, max(64, default.ahead // 2))}
     for shape in SHAPES_32 if itemsize > 2 else SHAPES_16:
         least, most = FITTING[shape[0]]
-        if least <= n_rows <= most and shape[1] <= features:
-            seen |= {_cut(shape, depth, itemsize, flight): None for flight in (FLIGHT, 2 * FLIGHT)}
+        if not least <= n_rows <= most or shape[1] > features:
+            continue
+        # Two programs of large tiles find place on a multiprocessor if few of their tiles are in flight.
+        for flight in (FLIGHT, 2 * FLIGHT) if shape[0] < 64 else (FLIGHT // 3, FLIGHT):
+            seen[_cut(shape, depth, itemsize, flight)] = None
+        tiles = _cut(shape, depth, itemsize)
+        for programs in (PROCESSORS, 2 * PROCESSORS) if n_rows > 64 else ():
+            splits = programs // (-(-n_rows // tiles.rows) * -(-features // tiles.cols))
+            if splits > 1 and depth >= 4 * splits * tiles.depth:
+                seen[replace(tiles, splits=splits)] = None
     yield from seen
 
 
@@ -107,9 +143,9 @@ FITTING = {1: (1, 4), 16: (1, 64), 32: (17, 128), 64: (33, 1 << 31), 128: (65, 1
 SHAPES_16 = (
     (1, 8, 512, 4), (1, 16, 256, 4), (1, 16, 512, 4), (1, 16, 512, 8), (1, 32, 256, 4), (1, 32, 256, 8),
     (16, 16, 256, 4), (16, 16, 512, 8), (16, 32, 128, 2), (16, 32, 256, 4), (16, 64, 128, 2), (16, 64, 256, 4),
-    (32, 16, 256, 4), (32, 32, 128, 2), (32, 32, 256, 4),
-    (64, 32, 128, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 128, 64, 4), (64, 128, 64, 8), (64, 256, 64, 8),
-    (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8),
+    (32, 16, 256, 4), (32, 32, 128, 2), (32, 32, 256, 4), (32, 64, 128, 2),
+    (64, 32, 128, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 128, 64, 4), (64, 256, 64, 4),
+    (128, 64, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8),
 )  # fmt: skip
 SHAPES_32 = ((1, 8, 256, 4), (1, 16, 128, 4), (16, 16, 32, 4), (16, 32, 32, 4), (16, 32, 64, 4))
 
@@ -122,7 +158,8 @@ def _cut(shape: tuple[int, int, int, int], depth: int, itemsize: int, flight: in
         warps = min(warps, max(1, taken // 64))  # fewer numbers a thread are not loaded ahead
     stages = min(2 - -flight // (cols * taken * itemsize), depth // taken + 1)
     fitting = SHARED // ((rows + cols) * taken * itemsize) + (rows < 64)  # wgmma reads a tile while others arrive
-    return ProductTiles(rows, cols, taken, warps, max(2, min(stages, fitting, 8)))
+    ahead = max(64, power_of_2(min(EARLY // (cols * itemsize), depth))) if rows < 64 else 0
+    return ProductTiles(rows, cols, taken, warps, max(2, min(stages, fitting, 8)), ahead=ahead)
 
 
 def tune_product(

@@ -15,12 +15,17 @@ Legend: N rows, D depth of a product, F features.
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tidar.errors import TidarError
+from tidar.kernels.attention_parts import last_to_come
+from tidar.kernels.pdl import begin, options, prefetch
 from tidar.kernels.product_tiles import ProductTiles
 from tidar.kernels.reference_products import check_product
 from tidar.kernels.workspace import power_of_2
@@ -73,49 +78,70 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def _product(
-    x, rows, norm, weight, bias, out, count, eps, x_row, out_row,
+    x, rows, norm, weight, bias, out, part, arrived, count, eps, x_row, out_row,
     D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once."""
+    TAKEN: tl.constexpr = COLS // 2 if GATES else COLS
+    first = tl.program_id(1) * TAKEN
+    col = tl.arange(0, COLS)
+    # Behind the last column it is read again: no mask in the loop. A gate and its up are neighbours, to meet in a thread.
+    w_row = tl.minimum(first + col // 2, F - 1) + col % 2 * F if GATES else tl.minimum(first + col, F - 1)
+    w_at = weight + w_row.to(tl.int64)[:, None] * D
+    if PDL and AHEAD > 0:
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        prefetch(w_at + tl.minimum(tl.arange(0, AHEAD // LINE) * LINE, D - 1)[None, :])
+    begin(PDL)
+
     line = tl.arange(0, ROWS)
-    at, first = tl.program_id(0) * ROWS + line, tl.program_id(1).to(tl.int64) * COLS
+    at = tl.program_id(0) * ROWS + line
     real, chosen = at < count, at
     if rows is not None:
         chosen = tl.load(rows + at, mask=real, other=0)
-    k, col = tl.arange(0, DEPTH)[None, :], tl.arange(0, COLS)
+    k = tl.arange(0, DEPTH)[None, :]
     x_at = x + chosen.to(tl.int64)[:, None] * x_row + k
-    # Behind the last column it is read again: no mask in the loop.
-    w_at = weight + first * D + tl.minimum(col, (F - 1 - first).to(tl.int32))[:, None] * D + k
+    w_at += k
     acc = _sums(ROWS, COLS, DEPTH, SLICES)
-    up = acc
     squares = _sums(ROWS, ROWS, DEPTH, SLICES)
+    SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
+    start, end = 0, D
+    if SPLITS > 1:
+        start = tl.program_id(2) * SHARE
+        end = tl.minimum(start + SHARE, D)
 
-    for d in tl.range(0, D, DEPTH, num_stages=STAGES):
-        part = tl.load(x_at + d, mask=real[:, None], other=0.0)
+    for d in tl.range(start, end, DEPTH, num_stages=STAGES):
+        taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
         w = tl.load(w_at + d)
         if norm is not None:
             # The diagonal of x·xᵀ: a plain sum would want x from shared memory in another order than the product does.
-            squares = _accumulate(squares, part, part, SLICES)
-            part = part.to(tl.float32) * tl.load(norm + d + k).to(tl.float32)
+            squares = _accumulate(squares, taken, taken, SLICES)
+            taken = taken.to(tl.float32) * tl.load(norm + d + k).to(tl.float32)
             if ROWS > 1:
-                part = part.to(w.dtype)
-        acc = _accumulate(acc, part, w, SLICES)
-        if GATES:
-            up = _accumulate(up, part, tl.load(w_at + F * D + d), SLICES)
+                taken = taken.to(w.dtype)
+        acc = _accumulate(acc, taken, w, SLICES)
 
-    acc, up = _total(acc, ROWS, SLICES), _total(up, ROWS, SLICES)
+    acc = _total(acc, ROWS, SLICES)
+    if SPLITS > 1:
+        # The last to come adds the shares up, in their order: the sum does not depend on who that is.
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        place = part + tile.to(tl.int64) * (SPLITS * ROWS * COLS) + line[:, None] * COLS + col[None, :]
+        tl.store(place + tl.program_id(2) * (ROWS * COLS), acc)
+        if not last_to_come(arrived + tile, SPLITS):
+            return
+        acc = tl.load(place, cache_modifier=".cg")
+        for split in range(1, SPLITS):
+            acc += tl.load(place + split * (ROWS * COLS), cache_modifier=".cg")
     if norm is not None:
         diagonal = tl.where(line[:, None] == line[None, :], _total(squares, ROWS, SLICES), 0.0)
-        scale = tl.rsqrt(tl.sum(diagonal, 1) / D + eps)[:, None]
-        acc, up = acc * scale, up * scale
-    column = first + col
+        acc *= tl.rsqrt(tl.sum(diagonal, 1) / D + eps)[:, None]
     if bias is not None:
-        acc += tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
-        if GATES:
-            up += tl.load(bias + F + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + w_row).to(tl.float32)[None, :]
     if GATES:
-        acc = acc * tl.sigmoid(acc) * up
+        gate, up = tl.split(tl.reshape(acc, (ROWS, TAKEN, 2)))
+        acc = gate * tl.sigmoid(gate) * up
+    column = first + tl.arange(0, TAKEN)
     place = out + at.to(tl.int64)[:, None] * out_row + column[None, :]
     inside = real[:, None] & (column < F)[None, :]
     if ADD:
@@ -124,7 +150,8 @@ def _product(
 
 
 @triton.jit
-def _norm(x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr) -> None:
+def _norm(x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr) -> None:
+    begin(PDL)
     at, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     chosen = at if rows is None else tl.load(rows + at).to(tl.int64)
     wide = tl.load(x + chosen * x_row + column, mask=column < D, other=0.0).to(tl.float32)
@@ -134,7 +161,8 @@ def _norm(x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def _gated(gu, out, gu_row, out_row, F: tl.constexpr, COLS: tl.constexpr) -> None:
+def _gated(gu, out, gu_row, out_row, F: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr) -> None:
+    begin(PDL)
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
     gate = tl.load(gu + row * gu_row + column, mask=column < F).to(tl.float32)
     up = tl.load(gu + row * gu_row + F + column, mask=column < F).to(tl.float32)
@@ -247,7 +275,7 @@ def norm(x: Tensor, weight: Tensor, *, eps: float, rows: Tensor | None = None, o
     width = power_of_2(x.shape[1])
     _norm[(len(out),)](
         x, rows, weight, out, eps, x.stride(0), out.stride(0), D=x.shape[1], WIDTH=width,
-        num_warps=min(8, max(1, width // 512)),
+        num_warps=min(8, max(1, width // 512)), **options(x.device),
     )  # fmt: skip
     return out
 
@@ -266,7 +294,9 @@ def gated(gu: Tensor, out: Tensor | None = None) -> Tensor:
     check_product(gu, None, None, None, 0.0, None, out, features)
     out = _result(gu, None, features) if out is None else out
     grid = (len(gu), triton.cdiv(features, TAKEN))
-    _gated[grid](gu, out, gu.stride(0), out.stride(0), F=features, COLS=TAKEN, num_warps=4)
+    _gated[grid](
+        gu, out, gu.stride(0), out.stride(0), F=features, COLS=TAKEN, num_warps=4, **options(gu.device)
+    )  # fmt: skip
     return out
 
 
@@ -285,15 +315,27 @@ def _launch(
 ) -> Tensor:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[1] % 16:
         raise TidarError(f"the kernel has no {x.dtype} of depth {x.shape[1]}: use tidar.kernels.reference_products")
-    if norm is not None and tiles.rows > FUSED:
+    if norm is not None and (tiles.rows > FUSED or tiles.splits > 1):
         x, norm, rows = _rows(x, norm, eps, rows), None, None
     sizes = tiles.constants(x.shape[1], out.shape[1], x.element_size(), gates=gates)
-    grid = (triton.cdiv(len(out), tiles.rows), triton.cdiv(out.shape[1], sizes["COLS"]))
+    grid = (triton.cdiv(len(out), tiles.rows), triton.cdiv(weight.shape[0], tiles.cols), tiles.splits)
+    part = arrived = None
+    if tiles.splits > 1:
+        part = torch.empty(math.prod(grid) * tiles.rows * tiles.cols, dtype=torch.float32, device=x.device)
+        arrived = _arrived(x.device)
+        if grid[0] * grid[1] > len(arrived):
+            raise TidarError(f"{grid[0]} x {grid[1]} tiles are too many to be split: at most {len(arrived)}")
     _product[grid](
-        x, rows, norm, weight, bias, out, len(out), eps, x.stride(0), out.stride(0),
-        ADD=add, num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
+        x, rows, norm, weight, bias, out, part, arrived, len(out), eps, x.stride(0), out.stride(0),
+        ADD=add, num_warps=tiles.warps, num_stages=tiles.stages, **sizes, **options(x.device),
     )  # fmt: skip
     return out
+
+
+@cache
+def _arrived(device: torch.device) -> Tensor:
+    """Programs that have come to a tile, 0 between launches; used by one launch after another."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
 def _rows(x: Tensor, weight: Tensor | None, eps: float, rows: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference_step import check_rotate
 from tidar.kernels.workspace import power_of_2
 
@@ -34,9 +35,10 @@ def _rotate(
     heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, table, eps,
     page_step, slot_step, head_step, table_step, table_width, positions,
     Q: tl.constexpr, K: tl.constexpr, Q_UP: tl.constexpr, K_UP: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+    QUERIES: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query; program 1 of it takes keys and values."""
+    begin(PDL)
     query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     line = row * QUERIES + query
     base = heads + line * (Q + 2 * K) * H
@@ -134,5 +136,6 @@ def rotate(
         *k_pages.stride()[:3], block_table.stride(0), block_table.shape[1], cos.shape[0],
         Q=query_heads, K=kv_heads, Q_UP=power_of_2(query_heads), K_UP=power_of_2(kv_heads), H=width,
         WIDTH=power_of_2(width), QUERIES=queries, PAGE=k_pages.shape[1], NORM=q_norm is not None,
+        **options(heads.device),
     )  # fmt: skip
     return q, k, heads[:, :, query_heads + kv_heads :]

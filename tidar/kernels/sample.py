@@ -21,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.errors import TidarError
+from tidar.kernels.greedy import greedy, logits_of
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.params import DeviceParams
+from tidar.kernels.pdl import begin, options
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["sample"]
@@ -35,29 +37,12 @@ NEAR = tl.constexpr(16)  # tokens too many up to which top-k takes them off one 
 
 
 @triton.jit
-def _logits(given, ids, VOCAB: tl.constexpr):
-    """Logits of a chunk after suppression and penalty; -inf behind the vocabulary."""
-    row, suppressed, seen, drafts, count, penalty = given
-    inside = ids < VOCAB
-    x = tl.load(row + ids, mask=inside, other=-float("inf"))
-    if suppressed is not None:
-        x = tl.where(tl.load(suppressed + ids, mask=inside, other=0) != 0, -float("inf"), x)
-    if seen is not None:
-        known = tl.load(seen + ids, mask=inside, other=0) != 0
-        if drafts is not None:
-            for j in range(count):
-                known |= ids == tl.load(drafts + j)
-        x = tl.where(known, tl.where(x < 0, x * penalty, tl.div_rn(x, penalty)), x)
-    return x
-
-
-@triton.jit
 def _scores(given, held, highest, temperature, ids, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
     """Scores of a chunk, at most 0, and the keys of its tokens."""
     if VOCAB <= CHUNK:
         scores = held
     else:
-        scores = tl.div_rn(_logits(given, ids, VOCAB) - highest, temperature)
+        scores = tl.div_rn(logits_of(given, ids, VOCAB) - highest, temperature)
     return scores, _keys(scores, ids)
 
 
@@ -86,7 +71,7 @@ def _before(bound, given, held, highest, temperature, VOCAB: tl.constexpr, CHUNK
 def _top_k(k, keys, given, held, highest, temperature, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
     """The key below which the first k tokens lie, or all if there are fewer; and their mass.
 
-    ``keys`` are those of the best token of each lane; with one chunk, of all tokens. The k-th of these cannot lie before
+    ``keys`` are those of the best token of each lane, with one chunk of all tokens. The k-th of these cannot lie before
     the k-th of all, so it bounds the search, and it lies behind only if two of the first k share a lane.
     """
     low, bound = tl.full((), 0, tl.int64), tl.full((), LAST, tl.int64)
@@ -139,9 +124,10 @@ def _best(bound, seed, position, given, held, highest, temperature, VOCAB: tl.co
 def _sample(
     logits, lengths, temperatures, top_ks, top_ps, penalties, seeds, suppressed, seen, drafts, out, bad,
     first, logits_step, row_step, seen_step, drafts_step,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, SAMPLING: tl.constexpr, FILTERING: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, SAMPLING: tl.constexpr, FILTERING: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row."""
+    begin(PDL)
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     penalty = 1.0
     if seen is not None:
@@ -155,7 +141,7 @@ def _sample(
     peak, at = tl.full((CHUNK,), -float("inf"), tl.float32), tl.arange(0, CHUNK)
     for start in tl.range(0, VOCAB, CHUNK, num_stages=3):
         ids = start + tl.arange(0, CHUNK)
-        x = _logits(given, ids, VOCAB)
+        x = logits_of(given, ids, VOCAB)
         x = tl.where(x == x, x, float("inf"))
         at = tl.where(x > peak, ids, at)
         peak = tl.maximum(peak, x)
@@ -246,13 +232,15 @@ def sample(
     chunk = chunk_of(vocab) if chunk is None else chunk
     if chunk < 16 or power_of_2(chunk) != chunk:
         raise TidarError(f"a chunk must be a power of 2 of at least 16, not {chunk}")
+    masked, known = (None if t is None else t.view(torch.uint8) for t in (suppressed, seen))
+    if not sampling and vocab > chunk:
+        return greedy(logits, params.penalty, masked, known, drafts, out, bad, chunk)
     _sample[places, rows](
-        logits, lengths, *params.tensors,
-        *(None if t is None else t.view(torch.uint8) for t in (suppressed, seen)), drafts, out, bad,
+        logits, lengths, *params.tensors, masked, known, drafts, out, bad,
         first, *logits.stride()[:2], 0 if seen is None else seen.stride(0), 0 if drafts is None else drafts.stride(0),
         VOCAB=vocab, CHUNK=chunk, SAMPLING=sampling, FILTERING=sampling and filtering,
         # A product must be rounded before it is added to, as everywhere else.
-        num_warps=warps(chunk), enable_fp_fusion=False,
+        num_warps=warps(chunk), enable_fp_fusion=False, **options(logits.device),
     )  # fmt: skip
     return out
 

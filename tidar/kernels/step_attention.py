@@ -25,21 +25,20 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.errors import TidarError
+from tidar.kernels.attention_parts import FLOOR, combine, last_to_come, leave
 from tidar.kernels.reference import check_step
-from tidar.kernels.workspace import Workspace, own_keys, power_of_2
+from tidar.kernels.workspace import Workspace, joining, own_keys, power_of_2
 
 __all__ = ["attend"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
-COMBINED = 16  # query rows a program of _combine
-FLOOR = tl.constexpr(-1e38)  # a running maximum of nothing: finite, so that no infinity is subtracted from another
 
 
 @triton.jit
-def _rows(ptr, at, D: tl.constexpr, WIDTH: tl.constexpr, real=None):
-    """Rows of D numbers at offsets ``at``, padded to WIDTH; zeros where not ``real``, whatever memory holds there."""
+def _rows(place, D: tl.constexpr, WIDTH: tl.constexpr, real=None):
+    """Rows of D numbers at pointers ``place``, padded to WIDTH; zeros where not ``real``, whatever memory holds there."""
     column = tl.arange(0, WIDTH)
-    place, inside = ptr + at[:, None] + column[None, :], (column < D)[None, :]
+    place, inside = place[:, None] + column[None, :], (column < D)[None, :]
     if real is not None:
         return tl.load(place, mask=real[:, None] & inside, other=0.0)
     elif WIDTH != D:
@@ -68,41 +67,53 @@ def _update(score, v, acc, peak, total, factor):
 
 
 @triton.jit
-def _span(length, WINDOW: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr):
-    """The prefix's first tile that a step sees, one past its last, and the tiles that a split takes."""
-    end = tl.cdiv(length, KEYS)
-    first = 0
-    if WINDOW:
-        first = tl.maximum(length - WINDOW + 1, 0) // KEYS
-    return first, end, tl.cdiv(end - first, SPLITS)
-
-
-@triton.jit
-def _slots(table, key, length, page_step, slot_step, PAGE: tl.constexpr):
-    """Where in the pages the keys of a prefix are; page 0 for keys behind it."""
-    page = tl.load(table + key // PAGE, mask=key < length, other=0).to(tl.int64)
-    return page * page_step + key % PAGE * slot_step
+def _pages(table, at, length, table_width, PAGE: tl.constexpr, KEYS: tl.constexpr):
+    """The pages of the prefix's tile ``at``: one number where a tile lies in a page, else one a key."""
+    if PAGE % KEYS == 0:
+        # Behind the prefix the number means nothing, but it can be asked for before the length is known.
+        index = at // (PAGE // KEYS)
+        return tl.load(table + index, mask=index < table_width, other=0)
+    else:
+        key = at * KEYS + tl.arange(0, KEYS)
+        return tl.load(table + key // PAGE, mask=key < length, other=0)
 
 
 @triton.jit
 def _attend(
     q, k, v, k_pages, v_pages, table, lengths, levels, sinks,
-    out, part, peaks, totals, inner, factor,
+    out, part, peaks, totals, arrived, inner, factor,
     q_row, q_query, q_head, k_row, k_query, k_head, v_row, v_query, v_head,
-    page_step, slot_step, head_step, table_step,
+    page_step, slot_step, head_step, table_step, table_width,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
+    FEW: tl.constexpr, FLIGHT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A tile of query rows over a split of the prefix, and in the last split over the step's own keys too."""
+    """A tile of query rows over a split of its keys; the last split to come to a tile joins their parts."""
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, head = (pair // HEADS).to(tl.int64), pair % HEADS
     length = tl.load(lengths + row)
-    first, end, share = _span(length, WINDOW, KEYS, SPLITS)
-    lo = first + split * share
-    hi = tl.minimum(lo + share, end)
-    if (lo >= hi) & (split < SPLITS - 1):
-        return  # _combine knows which splits had work
+
+    # Own keys: the causal tokens, then the blocks of masks that have a query in this tile; no other can be seen.
+    last = (tl.minimum(tile * ROWS + ROWS, QUERIES * GROUP) - 1) // GROUP
+    clean = tl.minimum(last + 1, CAUSAL)
+    skipped, count = 0, clean
+    if BLOCK:
+        begin = tl.maximum(tile * ROWS // GROUP - CAUSAL, 0) // BLOCK * BLOCK
+        skipped = CAUSAL + begin - clean
+        count = clean + tl.maximum(last - CAUSAL + BLOCK, 0) // BLOCK * BLOCK - begin
+
+    # Tiles of own keys, then of the prefix, are dealt to the splits in turn.
+    own, first = tl.cdiv(count, OWN), 0
+    if WINDOW:
+        first = tl.maximum(length - WINDOW + 1, 0) // KEYS
+    begin_at = first + split - own + tl.cdiv(tl.maximum(own - split, 0), SPLITS) * SPLITS
+    pages = table + row * table_step
+    ahead = _pages(pages, begin_at, length, table_width, PAGE, KEYS)
+    end = tl.cdiv(length, KEYS)
+    used = tl.minimum(own + end - first, SPLITS)
+    if split >= used:
+        return
 
     # L·G query rows, a query's G heads together. A tile is filled up with copies of the last row, never stored.
     lines = tile * ROWS + tl.arange(0, ROWS)
@@ -117,53 +128,21 @@ def _attend(
         stop = tl.where(mask >= 0, level, stop)
         mates = tl.where(mask >= 0, CAUSAL + mask // BLOCK * BLOCK, QUERIES)
 
-    queries = _rows(q, row * q_row + query * q_query + query_head * q_head, D, WIDTH)
+    queries = _rows(q + row * q_row + (query * q_query + query_head * q_head), D, WIDTH)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     peak, total = tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32)
-    if sinks is not None and split == SPLITS - 1:
+    if sinks is not None and split == 0:
         # A sink is a key with a value of zero; one split alone may count it.
         peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
         total += 1.0
 
-    # Prefix. Without a window all queries see all of it, so only its last tile needs a mask.
-    pages = table + row * table_step
-    whole = lo if WINDOW else tl.maximum(tl.minimum(hi, length // KEYS), lo)
-    # Page numbers are fetched a tile ahead by hand: loads that wait for loads would halve the compiler's pipeline.
-    ahead = _slots(pages, lo * KEYS + tl.arange(0, KEYS), length, page_step, slot_step, PAGE)
-    for at in range(lo, whole):
-        slots = ahead + head * head_step
-        ahead = _slots(pages, (at + 1) * KEYS + tl.arange(0, KEYS), length, page_step, slot_step, PAGE)
-        score = _scores(queries, _rows(k_pages, slots, D, WIDTH), inner, SOFTCAP)
-        values = _rows(v_pages, slots, D, WIDTH)
-        acc, peak, total = _update(score, values, acc, peak, total, factor)
-    for at in range(whole, hi):
-        key = at * KEYS + tl.arange(0, KEYS)
-        # Slots behind the prefix may hold anything, NaN too: they must not even be multiplied by zero.
-        there = key < length
-        slots = ahead + head * head_step
-        ahead = _slots(pages, key + KEYS, length, page_step, slot_step, PAGE)
-        score = _scores(queries, _rows(k_pages, slots, D, WIDTH, there), inner, SOFTCAP)
-        values = _rows(v_pages, slots, D, WIDTH, there)
-        seen = there[None, :]
-        if WINDOW:
-            seen = seen & (key[None, :] > (length + place - WINDOW)[:, None])
-        acc, peak, total = _update(tl.where(seen, score, -float("inf")), values, acc, peak, total, factor)
-
-    # Own keys: the causal tokens, then the blocks of masks that have a query in this tile; no other can be seen.
-    last = (tl.minimum(tile * ROWS + ROWS, QUERIES * GROUP) - 1) // GROUP
-    clean = tl.minimum(last + 1, CAUSAL)
-    skipped, count = 0, clean
-    if BLOCK:
-        begin = tl.maximum(tile * ROWS // GROUP - CAUSAL, 0) // BLOCK * BLOCK
-        skipped = CAUSAL + begin - clean
-        count = clean + tl.maximum(last - CAUSAL + BLOCK, 0) // BLOCK * BLOCK - begin
-    count = tl.where(split == SPLITS - 1, count, 0)  # for the split whose share of the prefix rounding makes short
-    for at in tl.range(0, count, OWN, num_stages=1):
+    k_own, v_own = k + row * k_row + head * k_head, v + row * v_row + head * v_head
+    for at in tl.range(split * OWN, count, SPLITS * OWN, num_stages=1):
         index = at + tl.arange(0, OWN)
         key = tl.where(index < clean, index, index + skipped)
         here = index < count
-        new_k = _rows(k, row * k_row + key * k_query + head * k_head, D, WIDTH, here)
-        new_v = _rows(v, row * v_row + key * v_query + head * v_head, D, WIDTH, here)
+        new_k = _rows(k_own + key * k_query, D, WIDTH, here)
+        new_v = _rows(v_own + key * v_query, D, WIDTH, here)
         text = key[None, :] < stop[:, None]
         seen = text
         if BLOCK:
@@ -175,46 +154,41 @@ def _attend(
         score = tl.where(seen & here[None, :], _scores(queries, new_k, inner, SOFTCAP), -float("inf"))
         acc, peak, total = _update(score, new_v, acc, peak, total, factor)
 
+    # Page numbers are fetched a tile ahead by hand: loads that wait for loads would halve the compiler's pipeline.
+    k_pages += head * head_step
+    v_pages += head * head_step
+    offset = tl.arange(0, KEYS)
+    for at in range(begin_at, end, SPLITS):
+        slots = ahead.to(tl.int64) * page_step + (at * KEYS + offset) % PAGE * slot_step
+        if PAGE % KEYS == 0:
+            slots = ahead.to(tl.int64) * page_step + at % (PAGE // KEYS) * KEYS * slot_step + offset * slot_step
+        ahead = _pages(pages, at + SPLITS, length, table_width, PAGE, KEYS)
+        # Slots behind the prefix may hold anything, NaN too: their values must not even be multiplied by zero.
+        there = at * KEYS + offset < length
+        score = _scores(queries, _rows(k_pages + slots, D, WIDTH, there), inner, SOFTCAP)
+        values = _rows(v_pages + slots, D, WIDTH, there)
+        seen = there[None, :]
+        if WINDOW:
+            seen = seen & ((at * KEYS + offset)[None, :] > (length + place - WINDOW)[:, None])
+        acc, peak, total = _update(tl.where(seen, score, -float("inf")), values, acc, peak, total, factor)
+
     column, real = tl.arange(0, WIDTH), lines < QUERIES * GROUP
     if SPLITS == 1:
         base = ((row * QUERIES + query) * HEADS * GROUP + query_head) * D
-        place_RD, result = out + base[:, None] + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty)
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + base[:, None] + column[None, :], result, mask=real[:, None] & (column < D)[None, :])
     else:
-        base = (split * tl.num_programs(1) + pair).to(tl.int64) * QUERIES * GROUP + line
-        place_RD, result = part + base[:, None] * D + column[None, :], acc
-        tl.store(peaks + base, peak, mask=real)
-        tl.store(totals + base, total, mask=real)
-    tl.store(place_RD, result, mask=real[:, None] & (column < D)[None, :])
-
-
-@triton.jit
-def _combine(
-    lengths, out, part, peaks, totals,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    WINDOW: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-) -> None:  # fmt: skip
-    tile, pair = tl.program_id(0), tl.program_id(1)
-    row, head = (pair // HEADS).to(tl.int64), pair % HEADS
-    first, end, share = _span(tl.load(lengths + row), WINDOW, KEYS, SPLITS)
-    # Splits that found work, from the first on; and the last, which always has the own keys.
-    used = tl.minimum(tl.cdiv(end - first, tl.maximum(share, 1)) + 1, SPLITS)
-    lines, column = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    line = tl.minimum(lines, QUERIES * GROUP - 1)  # as in _attend
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    peak, total = tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32)
-    for at in range(used):
-        split = tl.where(at == used - 1, SPLITS - 1, at)
-        base = (split * tl.num_programs(1) + pair).to(tl.int64) * QUERIES * GROUP + line
-        theirs = tl.load(peaks + base)
-        new = tl.maximum(peak, theirs)
-        old_share, new_share = tl.exp2(peak - new), tl.exp2(theirs - new)
-        total = total * old_share + tl.load(totals + base) * new_share
-        acc *= old_share[:, None]
-        acc += _rows(part, base * D, D, WIDTH) * new_share[:, None]
-        peak = new
-    base = ((row * QUERIES + line // GROUP) * HEADS * GROUP + head * GROUP + line % GROUP) * D
-    inside = (lines < QUERIES * GROUP)[:, None] & (column < D)[None, :]
-    tl.store(out + base[:, None] + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+        step = tl.num_programs(1).to(tl.int64) * QUERIES * GROUP
+        mine = pair.to(tl.int64) * QUERIES * GROUP
+        leave(part, peaks, totals, mine + split * step + line, real, acc, peak, total, D, WIDTH)
+        if last_to_come(arrived + pair * tl.num_programs(0) + tile, used):
+            for at in range(0, ROWS, FEW):
+                few = tile * ROWS + at + tl.arange(0, FEW)
+                one = tl.minimum(few, QUERIES * GROUP - 1)
+                joined = combine(part + mine * D, peaks + mine, totals + mine, one, step, used, D, WIDTH, FLIGHT)
+                base = ((row * QUERIES + one // GROUP) * HEADS * GROUP + head * GROUP + one % GROUP) * D
+                inside = (few < QUERIES * GROUP)[:, None] & (column < D)[None, :]
+                tl.store(out + base[:, None] + column[None, :], joined.to(out.dtype.element_ty), mask=inside)
 
 
 def attend(
@@ -282,19 +256,15 @@ def attend(
     group, block = query_heads // heads, (length - causal) // blocks if blocks else 0
     inner = (width**-0.5 if scale is None else scale) / (softcap or 1)
     factor = LOG2E.value * (softcap or inner)
-    shared = {"HEADS": heads, "GROUP": group, "QUERIES": length, "D": width, "WIDTH": max(16, power_of_2(width))}
-    shared |= {"WINDOW": window or 0, "KEYS": chosen.keys, "SPLITS": chosen.splits}
-    grid = (triton.cdiv(length * group, chosen.rows), rows * heads, chosen.splits)
-    _attend[grid](
+    wide = max(16, power_of_2(width))
+    _attend[triton.cdiv(length * group, chosen.rows), rows * heads, chosen.splits](
         q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, sinks,
-        out, workspace.part, workspace.peaks, workspace.totals, inner, factor,
-        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *k_pages.stride()[:3], block_table.stride(0),
-        CAUSAL=causal, BLOCK=block, PAGE=page, SOFTCAP=softcap is not None, ROWS=chosen.rows,
-        OWN=own_keys(chosen, causal, block, blocks, group),
-        num_warps=chosen.warps, num_stages=chosen.stages, **shared,
+        out, workspace.part, workspace.peaks, workspace.totals, workspace.arrived, inner, factor,
+        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *k_pages.stride()[:3],
+        block_table.stride(0), block_table.shape[1],
+        HEADS=heads, GROUP=group, QUERIES=length, CAUSAL=causal, BLOCK=block, D=width, WIDTH=wide, PAGE=page,
+        WINDOW=window or 0, SOFTCAP=softcap is not None, ROWS=chosen.rows, KEYS=chosen.keys,
+        OWN=own_keys(chosen, causal, block, blocks, group), SPLITS=chosen.splits,
+        **joining(chosen, length * group, wide), num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
-    if chosen.splits > 1:
-        _combine[triton.cdiv(length * group, COMBINED), rows * heads](
-            lengths, out, workspace.part, workspace.peaks, workspace.totals, ROWS=COMBINED, num_warps=4, **shared
-        )
     return out

@@ -93,6 +93,15 @@ def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int) ->
     return min(chosen.keys, max(16, power_of_2(causal + touched * block)))
 
 
+def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
+    """How the last split of a tile reads the parts, for _attend: rows that are real, splits at a time, and stages."""
+    threads = 32 * chosen.warps
+    few = min(chosen.rows, power_of_2(lines), max(1, 32 * threads // width))
+    most = max(1, 160 * threads // (few * width))
+    rounds = -(-chosen.splits // most)
+    return {"FEW": few, "FLIGHT": -(-chosen.splits // rounds)}
+
+
 @dataclass(frozen=True, eq=False)
 class Workspace:
     """Where the splits of one layer's attention leave their parts; layers and steps use it in turn.
@@ -103,6 +112,7 @@ class Workspace:
         part: (splits, B·Hk, L·G, D) float32, weighted sums of values; empty if there is one split.
         peaks: (splits, B·Hk, L·G) float32, greatest scores, in base 2.
         totals: the same, sums of weights.
+        arrived: (tiles, B·Hk) int32, splits that have left their part; 0 between launches, never to be written by others.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -110,6 +120,7 @@ class Workspace:
     part: Tensor
     peaks: Tensor
     totals: Tensor
+    arrived: Tensor
 
     @classmethod
     def for_step(
@@ -136,11 +147,13 @@ class Workspace:
             chosen = tiles(*sizes, itemsize=dtype.itemsize, processors=_processors(torch.device(device)))
         if any(n < 16 or power_of_2(n) != n for n in (chosen.rows, chosen.keys)) or chosen.splits < 1:
             raise TidarError(f"tiles must be powers of 2 from 16 on, and splits at least 1, not {chosen}")
-        kept = (chosen.splits if chosen.splits > 1 else 0, rows * heads, queries * query_heads // heads)
+        lines = queries * query_heads // heads
+        kept = (chosen.splits if chosen.splits > 1 else 0, rows * heads, lines)
         part, peaks, totals = (
             torch.empty(kept + rest, dtype=torch.float32, device=device) for rest in ((head_dim,), (), ())
         )
-        return cls((rows, queries, query_heads, heads, head_dim), chosen, part, peaks, totals)
+        arrived = torch.zeros(-(-lines // chosen.rows), rows * heads, dtype=torch.int32, device=device)
+        return cls((rows, queries, query_heads, heads, head_dim), chosen, part, peaks, totals, arrived)
 
 
 def _processors(device: torch.device) -> int:

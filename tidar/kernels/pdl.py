@@ -1,0 +1,67 @@
+"""Programmatic dependent launch: a kernel's programs start while the kernel before it drains.
+
+On GPUs of compute capability 9.0 and up a kernel may be launched before the one ahead of it in its stream has finished:
+its programs then take their places and ask for their weights, and stand at a barrier until all memory is as they must
+find it. What a launch costs is hidden behind the end of the kernel before. CUDA graphs keep this when they capture.
+
+Every kernel launched with `options` calls `begin` first, in all of its programs, those that have nothing to do
+included, and before it reads or writes anything that another kernel of the step wrote, writes or reads. Then kernels
+see each other's memory as if they had run one after another:
+
+- The barrier holds until the grid before has completed and its writes are visible, not only until it let others start.
+- That grid could only complete because its own programs had passed their barriers, so the grid before it had completed
+  too; and so on: behind the barrier all earlier kernels are done, and nobody reads any more what is about to be
+  overwritten.
+- Kernels launched without it, cuBLAS's and torch's, start when all before them have completed, and one behind them,
+  here too, waits for all of them at its barrier.
+- No program waits for one that finds no place: the next grid starts when all programs of the one before have started,
+  and takes what they have left.
+
+The one thing allowed before the barrier is `prefetch`: it moves lines into the L2 cache, where every write to them
+arrives too, and gives no values, so that it is right for any memory that may be read.
+
+Not for cooperative launches.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["begin", "options", "prefetch"]
+
+ENABLED = True
+"""False launches everything one after another, to measure what this is worth. Read at every launch, so at capture."""
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """First call of a kernel: let the next one start, wait for the one before; nothing without ``PDL``."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the 128-byte lines of a block of ``pointers``, to be in the L2 cache when they are read."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+def options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments of a launch on ``device``: the constant ``PDL`` of the kernel, and ``launch_pdl`` for Triton.
+
+    Both are False in Triton's interpreter and on GPUs without it.
+    """
+    able = ENABLED and device.type == "cuda" and not triton.knobs.runtime.interpret and _able(device)
+    return {"PDL": able, "launch_pdl": able}
+
+
+@cache
+def _able(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
