@@ -19,10 +19,12 @@ from tidar.decode import generation
 from tidar.decode.planner import few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy, Shape
 from tidar.errors import TidarError
+from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES
+from tidar.fast.pages import Pages
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags, Network, Step
 from tidar.layout import all_proposals
@@ -242,3 +244,31 @@ def test_planning_measures_once_and_keeps_it(
     generation.generate(fresh.core, PROMPTS[:1], each[:1], lambda: FastDecoder(fresh, Planning(4, list(few(4)))), 1)
     assert len(measured) == before + 1
     assert "seconds" in file.read_text()
+
+
+def test_what_keeps_a_model_from_the_fast_path(
+    converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = load_model(converted("llama"), dtype="float32")
+    with pytest.raises(TidarError, match="no fast path: the model is on cpu"):
+        Model(core, fast=True)
+    assert Model(core)._engine is None
+    monkeypatch.setattr(type(core), "device", property(lambda _: torch.device("cuda")))
+    assert obstacle(core) is None
+    monkeypatch.setattr(type(core), "dtype", property(lambda _: torch.float64))
+    assert obstacle(core) == "the kernels have no torch.float64"
+    monkeypatch.setattr(type(core), "dtype", property(lambda _: torch.bfloat16))
+    core.hard_limit = True
+    assert "rotary" in str(obstacle(core))
+    core.hf.config.model_type = "gemma2"
+    assert obstacle(core) == "model family 'gemma2' has no fast path"
+
+
+def test_too_small_a_gpu_is_told_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**20, 2**30))
+    with pytest.raises(TidarError, match=r"no memory for a cache of 6400 tokens \(0.0 GiB\): about 4608 would fit"):
+        Pages(4, 100, 2, 64, dtype=torch.bfloat16, device=torch.device("cpu"))

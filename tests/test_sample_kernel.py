@@ -142,7 +142,7 @@ def test_noise_has_the_same_bits(stream: int) -> None:
 )
 def test_tokens_are_those_of_sampling(vocab: int, chunk: int | None, kind: str) -> None:
     penalty = kind != "peaked"
-    logits = random_logits(kind, len(MIXED), 1 + (vocab == 37), vocab, vocab)
+    logits = random_logits(kind, len(MIXED), 1, vocab, vocab)
     case = Case(logits, MIXED, seed=vocab, suppression=penalty, penalty=penalty)
     assert torch.equal(case.computed(chunk), case.wanted())
 
@@ -173,7 +173,7 @@ def masses(logits: Tensor, params: SamplingParams) -> Tensor:
     return (ranked / ranked.sum()).cumsum(0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_tokens_are_those_of_sampling_anywhere(data: st.DataObject) -> None:
     """Few different logits, so ties everywhere: among the best, at the last of top-k, at the last of top-p."""

@@ -5,6 +5,7 @@ Legend: B rows, M masks.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,8 @@ class Engine:
         key = f"{slots.rows} rows, prefix {prefix}, {flags}"
         known = self.latency.get(key)
         if any(queries not in known for queries in every):
+            if sys.stderr.isatty():
+                print("tidar: measuring what steps take here; once, up to a minute", file=sys.stderr)
             with slots.untouched():
                 slots.lengths.copy_(halfway)
                 slots.limits.copy_(halfway)  # rows at rest: a step moves nothing

@@ -1,0 +1,51 @@
+"""Run every test of kernels and captured steps on a GPU, planted faults included; keep the raw log.
+
+    python runs/gpu_check.py [--write results/gpu_check.log] [pytest's arguments]
+
+The log begins with a line of provenance and ends with pytest's summary. Exit status is pytest's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from tidar.provenance import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = (
+    "test_kernels.py",
+    "test_products.py",
+    "test_sample_kernel.py",
+    "test_chain.py",
+    "test_step_kernels.py",
+    "test_fast.py",
+    "test_fast_kernels.py",
+    "test_lean.py",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, default=ROOT / "results" / "gpu_check.log")
+    args, others = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
+    command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in TESTS), "-v", "-p", "no:cacheprovider"]
+    with args.write.open("w", encoding="utf-8") as log:
+        log.write(json.dumps(provenance()) + "\n")
+        log.flush()
+        done = subprocess.run([*command, *others], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+    print("\n".join(args.write.read_text(encoding="utf-8").splitlines()[-25:]))
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
