@@ -260,7 +260,7 @@ def test_what_keeps_a_model_from_the_fast_path(
     monkeypatch.setattr(type(core), "dtype", property(lambda _: torch.bfloat16))
     core.hard_limit = True
     assert "rotary" in str(obstacle(core))
-    core.hf.config.model_type = "gemma2"
+    monkeypatch.setattr(core.hf.config, "model_type", "gemma2")
     assert obstacle(core) == "model family 'gemma2' has no fast path"
 
 

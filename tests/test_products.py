@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from tidar.kernels import reference_products as twin
 from tidar.kernels.product_tiles import ProductTiles, candidates, default_tiles, tune_product
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-from tidar.kernels import products  # noqa: E402
+from tidar.kernels import pdl, products  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -29,7 +29,11 @@ FEW = ProductTiles(16, 16, 64, 4, 3)
 SOME = ProductTiles(32, 32, 32, 2, 3)
 MANY = ProductTiles(64, 32, 32, 4, 3)
 MOST = ProductTiles(128, 64, 16, 4, 3)
-TILES = {"1": ONE, "16": FEW, "32": SOME, "64": MANY, "128": MOST, "cuBLAS": None}
+SPLIT = ProductTiles(16, 16, 16, 2, 3, splits=4)
+TMA = ProductTiles(64, 32, 32, 4, 3, tma=True)
+BOTH = ProductTiles(128, 16, 16, 4, 3, splits=5, tma=True)
+TILES = {"1": ONE, "16": FEW, "32": SOME, "64": MANY, "128": MOST, "split": SPLIT, "TMA": TMA, "both": BOTH}
+TILES_AND_CUBLAS: dict[str, ProductTiles | None] = TILES | {"cuBLAS": None}
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("tiles", TILES_AND_CUBLAS.values(), ids=TILES_AND_CUBLAS.keys())
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_norm_linear(case: Case, tiles: ProductTiles | None) -> None:
     given, out = case.tensors(), case.out(case.features)
@@ -103,7 +107,7 @@ def test_norm_linear(case: Case, tiles: ProductTiles | None) -> None:
     assert agree(out, exact(twin.norm_linear, given), case.dtype)
 
 
-@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("tiles", TILES_AND_CUBLAS.values(), ids=TILES_AND_CUBLAS.keys())
 @pytest.mark.parametrize("case", [c for c in CASES.values() if not c.chosen and c.features % 2 == 0], ids=str)
 def test_norm_gated(case: Case, tiles: ProductTiles | None) -> None:
     given, out = case.tensors(), case.out(case.features // 2)
@@ -112,7 +116,7 @@ def test_norm_gated(case: Case, tiles: ProductTiles | None) -> None:
     assert agree(out, exact(twin.norm_gated, given), case.dtype)
 
 
-@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("tiles", TILES_AND_CUBLAS.values(), ids=TILES_AND_CUBLAS.keys())
 @pytest.mark.parametrize("case", [c for c in CASES.values() if not c.chosen], ids=str)
 def test_linear_add(case: Case, tiles: ProductTiles | None) -> None:
     given = case.tensors()
@@ -137,7 +141,7 @@ def test_norm_and_gated(case: Case) -> None:
     assert agree(out, twin.gated(gu.double()), case.dtype)
 
 
-@pytest.mark.parametrize("tiles", [ONE, FEW, SOME, MANY, MOST], ids=str)
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_others(tiles: ProductTiles, dtype: torch.dtype) -> None:
     given = Case(rows=17, dtype=dtype).tensors()
@@ -150,6 +154,43 @@ def test_a_row_does_not_depend_on_others(tiles: ProductTiles, dtype: torch.dtype
         one = run(**alone, tiles=tiles)
         for many in (given, others):
             assert torch.equal(run(**many, tiles=tiles)[9:10], one)
+
+
+def test_splits_meet_in_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares are written before they are read, counters are 0 again, and who comes last does not matter."""
+    given = Case(rows=70, norm=False).tensors()
+    wanted, made = products.norm_linear(**given, tiles=SPLIT), list[Tensor]()
+    empty = torch.empty
+
+    def poisoned(*args: Any, **options: Any) -> Tensor:
+        made.append(empty(*args, **options))
+        return made[-1].fill_(torch.nan)
+
+    if DEVICE == "cpu":
+        builder = triton.runtime.interpreter.interpreter_builder
+        place = builder.set_grid_idx
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(x, y, SPLIT.splits - 1 - z))
+    monkeypatch.setattr(torch, "empty", poisoned)
+    arrived = products._arrived(given["x"].device)
+    for _ in range(2):
+        assert torch.equal(products.norm_linear(**given, tiles=SPLIT), wanted)
+        assert not arrived.any()
+    assert [share.numel() for share in made] == [4 * 80 * 48] * 2
+
+
+def test_one_after_another_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter knows no programmatic dependent launch; a GPU from Hopper on does, unless told not to."""
+    assert pdl.options(torch.device("cpu")) == {"PDL": False, "launch_pdl": False}
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for interpreted, enabled in ((True, True), (False, True), (False, False)):
+        pdl._able.cache_clear()
+        monkeypatch.setattr(pdl, "ENABLED", enabled)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
+        able = enabled and not interpreted
+        assert pdl.options(device) == {"PDL": able, "launch_pdl": able}
+    pdl._able.cache_clear()
 
 
 def test_twin_is_the_modules() -> None:
@@ -241,6 +282,7 @@ def test_candidates_fit(rows: int, itemsize: int) -> None:
             assert {None, default_tiles(rows, features, depth, itemsize)} <= set(tried[:2])
             assert len(tried) == len(set(tried)) <= 32
             for tiles in filter(None, tried):
+                assert tiles.splits <= 8 and (tiles.ahead > 0) <= (tiles.rows < 64)
                 held = tiles.stages - (tiles.rows < 64)
                 assert held * (tiles.rows + tiles.cols) * tiles.depth * itemsize <= 220 * 1024
                 assert depth % tiles.depth == 0
@@ -315,6 +357,15 @@ def test_more_mistakes() -> None:
     for sizes in ((24, 16, 16, 4, 2), (8, 16, 16, 4, 2), (16, 4, 16, 4, 2), (16, 16, 8, 4, 2), (16, 16, 16, 4, 0)):
         with pytest.raises(TidarError, match="powers of 2"):
             ProductTiles(*sizes)
+    for wrong in ({"splits": 0}, {"ahead": 96}, {"ahead": 32}, {"tma": True}):
+        with pytest.raises(TidarError):
+            replace(FEW, **wrong)
+    a, weight = torch.zeros(2, 16), torch.zeros(4097 * 16, 16)
+    with pytest.raises(TidarError, match="too many to be split"):
+        products.norm_linear(a, None, weight, tiles=SPLIT)
+    odd = torch.zeros(3, 17)[:, 1:]
+    with pytest.raises(TidarError, match="aligned to 16 bytes"):
+        products.norm_linear(odd, None, weight[:32], tiles=TMA)
 
 
 # --- compiled ---
@@ -324,30 +375,42 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tidar.kernels import products
+from tidar.kernels.product_kernel import product
 from tidar.kernels.product_tiles import candidates, default_tiles
-for rows in (1, 16, 64, 256):
+for rows in (1, 16, 32, 64, 256):
     for name, (features, depth) in {weights}.items():
         plan = default_tiles(rows, features, depth, 2)
         if plan is None and rows < 256:
             continue
         plan = plan or list(candidates(rows, features, depth, 2))[-1]
-        gates, normed = name == "mlp", name not in ("out", "down") and plan.rows <= products.FUSED
+        gates, normed = name == "mlp", name not in ("out", "down") and plan.rows <= products.FUSED and not plan.tma
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
-        given = dict(norm=normed, rows=name == "head", bias=name == "qkv")
-        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(ADD=name in ("out", "down"))
-        names = products._product.arg_names
+        split = plan.splits > 1
+        given = dict(norm=normed, rows=normed and name == "head", bias=name == "qkv", part=split, arrived=split)
+        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(ADD=name in ("out", "down"), PDL=True)
+        names = product.arg_names
         types = dict.fromkeys(("x", "norm", "weight", "bias"), "*bf16") | dict(rows="*i64", eps="fp32")
-        types |= dict(out="*fp32" if name == "head" else "*bf16") | dict.fromkeys(fixed, "constexpr")
+        types |= dict(out="*fp32" if name == "head" else "*bf16", part="*fp32", arrived="*i32")
+        types |= dict.fromkeys(fixed, "constexpr")
+        if plan.tma:
+            types["x"] = f"tensordesc<bf16[{{plan.rows}},{{plan.depth}}]>"
+            halves = 2 if gates else 1
+            types["weight"] = f"tensordesc<bf16[{{plan.cols // halves}},{{halves}},{{plan.depth}}]>"
         types = {{n: types.get(n, "i32") for n in names}}
         sixteens = [i for i, n in enumerate(names) if types[n][0] == "*" or n.endswith("_row")]
         even = {{(i,): [["tt.divisibility", 16]] for i in sixteens}}
-        source = ASTSource(products._product, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
+        source = ASTSource(product, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
         options = dict(num_warps=plan.warps, num_stages=plan.stages)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         path = {path!r} + f"/{{rows}}-{{name}}.cubin"
         open(path, "wb").write(made.asm["cubin"])
         ptx = made.asm["ptx"]
         loop = ptx.count("cp.async.cg.shared.global"), ptx.count("mma.sync"), ptx.count("wgmma.mma_async")
+        loop = ptx.count("cp.async.bulk.tensor") if plan.tma else loop[0], *loop[1:]
+        before, behind = ptx.split("griddepcontrol.wait;")
+        touched = [n for n in ("ld.global", "st.global", "cp.async", "atom.", "red.") if n in before]
+        assert not touched and "cp.async" in behind, touched
+        assert ("prefetch.global.L2" in before) == (plan.ahead > 0)
         print(path, rows, plan.rows, made.metadata.shared, *loop)
 """
 """The interpreter takes programs that the compiler does not; the compiler needs no GPU."""

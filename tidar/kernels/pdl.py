@@ -12,15 +12,15 @@ see each other's memory as if they had run one after another:
 - That grid could only complete because its own programs had passed their barriers, so the grid before it had completed
   too; and so on: behind the barrier all earlier kernels are done, and nobody reads any more what is about to be
   overwritten.
-- Kernels launched without it, cuBLAS's and torch's, start when all before them have completed, and one behind them,
-  here too, waits for all of them at its barrier.
+- Kernels launched without it, torch's for one, start when all before them have completed; cuBLAS's do, or wait as
+  these do. Behind one of them the barrier holds until it has completed, as behind any other.
 - No program waits for one that finds no place: the next grid starts when all programs of the one before have started,
   and takes what they have left.
 
 The one thing allowed before the barrier is `prefetch`: it moves lines into the L2 cache, where every write to them
 arrives too, and gives no values, so that it is right for any memory that may be read.
 
-Not for cooperative launches.
+Not for cooperative launches, which place all of their programs at once.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ class ProductTiles:
             order. Not for a norm within the product, which becomes a launch of its own.
         ahead: numbers of each of its weight's rows that a program asks for, into the L2 cache, before the kernel ahead
             has finished; 0 or a power of 2. Nothing where kernels run one after another.
+        tma: Hopper's tensor memory accelerator brings the tiles, from rows aligned to 16 bytes, instead of each thread
+            its copies; from 64 rows on. A norm and a choice of rows become launches of their own.
 
     Raises:
         TidarError: sizes that cannot be.
@@ -53,14 +55,15 @@ class ProductTiles:
     stages: int
     splits: int = 1
     ahead: int = 0
+    tma: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.rows, self.cols, self.depth, self.warps, self.ahead or 64)
         powers = all(n > 0 and n & (n - 1) == 0 for n in sizes)
         if not powers or 1 < self.rows < 16 or self.cols < 8 or self.depth < 16 or min(self.stages, self.splits) < 1:
             raise TidarError(f"tiles must be powers of 2, 1 or at least 16 rows, 8 cols and 16 of depth, not {self}")
-        if 0 < self.ahead < 64:
-            raise TidarError(f"at least 64 numbers are asked for ahead, not {self.ahead}")
+        if 0 < self.ahead < 64 or (self.tma and self.rows < 64):
+            raise TidarError(f"at least 64 numbers are asked for ahead, and tma takes at least 64 rows, not {self}")
 
     def constants(self, depth: int, features: int, itemsize: int, *, gates: bool) -> dict[str, int]:
         """What the kernel is compiled for, for results of ``features``."""
@@ -75,6 +78,7 @@ class ProductTiles:
             "SLICES": min(self.warps, taken // 16) if 1 < self.rows < 64 and itemsize == 2 else 1,
             "STAGES": self.stages,
             "SPLITS": self.splits,
+            "TMA": self.tma,
             "AHEAD": self.ahead,
         }
 
@@ -108,12 +112,13 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
             needed = 16  # all of the weight is under way at once: the more programs, the sooner
         if needed <= 32:
             return _cut((rows, 16 if needed <= 16 else 32, 256, 4), depth, itemsize)
-        return _cut((rows, 64 if needed <= 64 or needed > 512 else 32, 128, 2), depth, itemsize)
+        wide = rows == 16 and (needed <= 64 or needed > 512)  # with 32 rows the sums of 64 columns fill the registers
+        return _cut((rows, 64 if wide else 32, 128, 2), depth, itemsize)
     if depth <= 512 and n_rows <= 320:
         return _cut((64, 64, 64, 4) if features >= 512 else (64, 32, 128, 4), depth, itemsize)
-    cols = next((cols for cols in (128, 64, 32) if features >= 96 * cols), None)
-    if n_rows <= 64 and cols:
-        return _cut((64, cols, 128 if cols == 32 else 64, 4), depth, itemsize)
+    fitting = [cols for cols in (128, 64, 32) if features >= 96 * cols]
+    if n_rows <= 64 and fitting:
+        return _cut((64, fitting[0], 128 if fitting[0] == 32 else 64, 4), depth, itemsize)
     return None
 
 
@@ -125,28 +130,28 @@ def candidates(n_rows: int, features: int, depth: int, itemsize: int) -> Iterato
         seen |= {replace(default, ahead=ahead): None for ahead in (0, max(64, default.ahead // 2))}
     for shape in SHAPES_32 if itemsize > 2 else SHAPES_16:
         least, most = FITTING[shape[0]]
-        if not least <= n_rows <= most or shape[1] > features:
-            continue
-        # Two programs of large tiles find place on a multiprocessor if few of their tiles are in flight.
-        for flight in (FLIGHT, 2 * FLIGHT) if shape[0] < 64 else (FLIGHT // 3, FLIGHT):
-            seen[_cut(shape, depth, itemsize, flight)] = None
-        tiles = _cut(shape, depth, itemsize)
-        for programs in (PROCESSORS, 2 * PROCESSORS) if n_rows > 64 else ():
-            splits = programs // (-(-n_rows // tiles.rows) * -(-features // tiles.cols))
+        if least <= n_rows <= most and shape[1] <= features:
+            seen |= {_cut(shape, depth, itemsize, flight): None for flight in (FLIGHT, 2 * FLIGHT)}
+    for shape in SHAPES_TMA if itemsize == 2 and n_rows > 64 else ():
+        # Fewer stages, so that two programs find place on a multiprocessor.
+        for flight, programs in ((FLIGHT, PROCESSORS), (FLIGHT // 3, 2 * PROCESSORS)):
+            tiles = replace(_cut(shape, depth, itemsize, flight), tma=True)
+            splits = min(8, programs // (-(-n_rows // tiles.rows) * -(-features // tiles.cols)))
+            seen[tiles] = None
             if splits > 1 and depth >= 4 * splits * tiles.depth:
                 seen[replace(tiles, splits=splits)] = None
     yield from seen
 
 
-FITTING = {1: (1, 4), 16: (1, 64), 32: (17, 128), 64: (33, 1 << 31), 128: (65, 1 << 31)}
+FITTING = {1: (1, 4), 16: (1, 64), 32: (17, 128), 64: (33, 1 << 31)}
 """Numbers of rows for which tiles of so many are tried."""
 SHAPES_16 = (
     (1, 8, 512, 4), (1, 16, 256, 4), (1, 16, 512, 4), (1, 16, 512, 8), (1, 32, 256, 4), (1, 32, 256, 8),
     (16, 16, 256, 4), (16, 16, 512, 8), (16, 32, 128, 2), (16, 32, 256, 4), (16, 64, 128, 2), (16, 64, 256, 4),
-    (32, 16, 256, 4), (32, 32, 128, 2), (32, 32, 256, 4), (32, 64, 128, 2),
-    (64, 32, 128, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 128, 64, 4), (64, 256, 64, 4),
-    (128, 64, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8),
+    (32, 16, 256, 4), (32, 32, 128, 2), (32, 32, 256, 4),
+    (64, 32, 128, 4), (64, 64, 64, 4), (64, 128, 64, 4),
 )  # fmt: skip
+SHAPES_TMA = ((64, 64, 128, 4), (64, 128, 64, 4), (64, 256, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8))
 SHAPES_32 = ((1, 8, 256, 4), (1, 16, 128, 4), (16, 16, 32, 4), (16, 32, 32, 4), (16, 32, 64, 4))
 
 

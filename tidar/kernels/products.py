@@ -5,7 +5,9 @@ norm before it, the residual sum or the gate behind it, the choice of the rows t
 of its own: y = (x·norm) Wᵀ / rms(x), and the sums of squares are formed while the product reads x.
 
 A row's result depends on its tiles, never on other rows or their number: no sum is formed in an order that chance or
-the grid decides. `tidar.kernels.reference_products` is the plain twin, `tidar.kernels.product_tiles` chooses tiles.
+the grid decides. `tidar.kernels.reference_products` is the plain twin, `tidar.kernels.product_tiles` chooses tiles,
+`tidar.kernels.product_kernel` is the kernel. All are launched while the kernel ahead drains (`tidar.kernels.pdl`), and
+those of few rows have asked for their first weights by then.
 
 Without tiles a product is cuBLAS's, with `norm` and `gated` around it; what lies between comes from torch's allocator,
 as in any captured graph, and cuBLAS may sum differently for other numbers of rows.
@@ -22,10 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidar.errors import TidarError
-from tidar.kernels.attention_parts import last_to_come
-from tidar.kernels.pdl import begin, options, prefetch
+from tidar.kernels.pdl import begin, options
+from tidar.kernels.product_kernel import product
 from tidar.kernels.product_tiles import ProductTiles
 from tidar.kernels.reference_products import check_product
 from tidar.kernels.workspace import power_of_2
@@ -35,118 +38,6 @@ __all__ = ["gated", "linear_add", "norm", "norm_gated", "norm_linear"]
 FUSED = 64
 """Rows of a tile up to which a norm is part of the product; a larger tile would norm its rows in every column."""
 TAKEN = 1024  # features of a program of _gated
-
-
-@triton.jit
-def _accumulate(acc, x, w, SLICES: tl.constexpr):
-    """Take x (rows, depth) and w (columns, depth) into the sums."""
-    ROWS: tl.constexpr = x.shape[0]
-    PIECE: tl.constexpr = x.shape[1] // SLICES
-    if ROWS == 1:
-        acc += w.to(tl.float32) * x.to(tl.float32)  # (columns, depth), summed at the end
-    elif SLICES == 1:
-        # Triton's default for float32 is tf32: too coarse to decode exactly.
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    else:
-        # Warps share the depth: each multiplies a slice of its own, so none reads the weight of another.
-        x = tl.permute(tl.reshape(x, (ROWS, SLICES, PIECE)), (1, 0, 2))
-        w = tl.permute(tl.reshape(w, (w.shape[0], SLICES, PIECE)), (1, 2, 0))
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _sums(ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr):
-    if ROWS == 1:
-        return tl.zeros((COLS, DEPTH), tl.float32)
-    elif SLICES == 1:
-        return tl.zeros((ROWS, COLS), tl.float32)
-    else:
-        return tl.zeros((SLICES, ROWS, COLS), tl.float32)
-
-
-@triton.jit
-def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
-    """(rows, columns) from what `_accumulate` keeps."""
-    if ROWS == 1:
-        return tl.sum(acc, 1)[None, :]
-    elif SLICES == 1:
-        return acc
-    else:
-        return tl.sum(acc, 0)
-
-
-@triton.jit
-def _product(
-    x, rows, norm, weight, bias, out, part, arrived, count, eps, x_row, out_row,
-    D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-) -> None:  # fmt: skip
-    """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once."""
-    TAKEN: tl.constexpr = COLS // 2 if GATES else COLS
-    first = tl.program_id(1) * TAKEN
-    col = tl.arange(0, COLS)
-    # Behind the last column it is read again: no mask in the loop. A gate and its up are neighbours, to meet in a thread.
-    w_row = tl.minimum(first + col // 2, F - 1) + col % 2 * F if GATES else tl.minimum(first + col, F - 1)
-    w_at = weight + w_row.to(tl.int64)[:, None] * D
-    if PDL and AHEAD > 0:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        prefetch(w_at + tl.minimum(tl.arange(0, AHEAD // LINE) * LINE, D - 1)[None, :])
-    begin(PDL)
-
-    line = tl.arange(0, ROWS)
-    at = tl.program_id(0) * ROWS + line
-    real, chosen = at < count, at
-    if rows is not None:
-        chosen = tl.load(rows + at, mask=real, other=0)
-    k = tl.arange(0, DEPTH)[None, :]
-    x_at = x + chosen.to(tl.int64)[:, None] * x_row + k
-    w_at += k
-    acc = _sums(ROWS, COLS, DEPTH, SLICES)
-    squares = _sums(ROWS, ROWS, DEPTH, SLICES)
-    SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
-    start, end = 0, D
-    if SPLITS > 1:
-        start = tl.program_id(2) * SHARE
-        end = tl.minimum(start + SHARE, D)
-
-    for d in tl.range(start, end, DEPTH, num_stages=STAGES):
-        taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
-        w = tl.load(w_at + d)
-        if norm is not None:
-            # The diagonal of x·xᵀ: a plain sum would want x from shared memory in another order than the product does.
-            squares = _accumulate(squares, taken, taken, SLICES)
-            taken = taken.to(tl.float32) * tl.load(norm + d + k).to(tl.float32)
-            if ROWS > 1:
-                taken = taken.to(w.dtype)
-        acc = _accumulate(acc, taken, w, SLICES)
-
-    acc = _total(acc, ROWS, SLICES)
-    if SPLITS > 1:
-        # The last to come adds the shares up, in their order: the sum does not depend on who that is.
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        place = part + tile.to(tl.int64) * (SPLITS * ROWS * COLS) + line[:, None] * COLS + col[None, :]
-        tl.store(place + tl.program_id(2) * (ROWS * COLS), acc)
-        if not last_to_come(arrived + tile, SPLITS):
-            return
-        acc = tl.load(place, cache_modifier=".cg")
-        for split in range(1, SPLITS):
-            acc += tl.load(place + split * (ROWS * COLS), cache_modifier=".cg")
-    if norm is not None:
-        diagonal = tl.where(line[:, None] == line[None, :], _total(squares, ROWS, SLICES), 0.0)
-        acc *= tl.rsqrt(tl.sum(diagonal, 1) / D + eps)[:, None]
-    if bias is not None:
-        acc += tl.load(bias + w_row).to(tl.float32)[None, :]
-    if GATES:
-        gate, up = tl.split(tl.reshape(acc, (ROWS, TAKEN, 2)))
-        acc = gate * tl.sigmoid(gate) * up
-    column = first + tl.arange(0, TAKEN)
-    place = out + at.to(tl.int64)[:, None] * out_row + column[None, :]
-    inside = real[:, None] & (column < F)[None, :]
-    if ADD:
-        acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -198,7 +89,7 @@ def norm_linear(
         ``out``.
 
     Raises:
-        TidarError: arguments that do not fit together.
+        TidarError: arguments that do not fit together, or tiles that do not fit them.
     """
     check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
     out = _result(x, rows, weight.shape[0]) if out is None else out
@@ -315,7 +206,7 @@ def _launch(
 ) -> Tensor:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[1] % 16:
         raise TidarError(f"the kernel has no {x.dtype} of depth {x.shape[1]}: use tidar.kernels.reference_products")
-    if norm is not None and (tiles.rows > FUSED or tiles.splits > 1):
+    if tiles.tma or (norm is not None and (tiles.rows > FUSED or tiles.splits > 1)):
         x, norm, rows = _rows(x, norm, eps, rows), None, None
     sizes = tiles.constants(x.shape[1], out.shape[1], x.element_size(), gates=gates)
     grid = (triton.cdiv(len(out), tiles.rows), triton.cdiv(weight.shape[0], tiles.cols), tiles.splits)
@@ -325,16 +216,30 @@ def _launch(
         arrived = _arrived(x.device)
         if grid[0] * grid[1] > len(arrived):
             raise TidarError(f"{grid[0]} x {grid[1]} tiles are too many to be split: at most {len(arrived)}")
-    _product[grid](
-        x, rows, norm, weight, bias, out, part, arrived, len(out), eps, x.stride(0), out.stride(0),
+    given = _descriptors(x, weight, sizes) if tiles.tma else (x, weight)
+    product[grid](
+        given[0], rows, norm, given[1], bias, out, part, arrived, len(out), eps, x.stride(0), out.stride(0),
         ADD=add, num_warps=tiles.warps, num_stages=tiles.stages, **sizes, **options(x.device),
     )  # fmt: skip
     return out
 
 
+def _descriptors(x: Tensor, weight: Tensor, sizes: dict[str, int]) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of x, (N, D), and of the weight, (F, 1, D) or, a gate beside its up, (F, 2, D)."""
+    if any(t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 for t in (x, weight)):
+        raise TidarError("such tiles need rows aligned to 16 bytes")
+    halves = 2 if sizes["GATES"] else 1
+    paired = weight.view(halves, -1, weight.shape[1]).transpose(0, 1)
+    block = [sizes["COLS"] // halves, halves, sizes["DEPTH"]]
+    return TensorDescriptor.from_tensor(x, [sizes["ROWS"], sizes["DEPTH"]]), TensorDescriptor.from_tensor(paired, block)
+
+
 @cache
 def _arrived(device: torch.device) -> Tensor:
-    """Programs that have come to a tile, 0 between launches; used by one launch after another."""
+    """Programs that have come to a tile, 0 between launches; used by one launch after another, never by two at once.
+
+    Made by a first call, which also compiles and therefore comes before any capture.
+    """
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 

@@ -81,13 +81,12 @@ def _pages(table, at, length, table_width, PAGE: tl.constexpr, KEYS: tl.constexp
 @triton.jit
 def _attend(
     q, k, v, k_pages, v_pages, table, lengths, levels, sinks,
-    out, part, peaks, totals, arrived, inner, factor,
-    q_row, q_query, q_head, k_row, k_query, k_head, v_row, v_query, v_head,
-    page_step, slot_step, head_step, table_step, table_width,
+    out, part, peaks, totals, arrived, inner, factor, table_step, table_width,
+    Q_STEPS: tl.constexpr, K_STEPS: tl.constexpr, V_STEPS: tl.constexpr, PAGE_STEPS: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
-    FEW: tl.constexpr, FLIGHT: tl.constexpr,
+    HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of query rows over a split of its keys; the last split to come to a tile joins their parts."""
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -128,7 +127,7 @@ def _attend(
         stop = tl.where(mask >= 0, level, stop)
         mates = tl.where(mask >= 0, CAUSAL + mask // BLOCK * BLOCK, QUERIES)
 
-    queries = _rows(q + row * q_row + (query * q_query + query_head * q_head), D, WIDTH)
+    queries = _rows(q + row * Q_STEPS[0] + (query * Q_STEPS[1] + query_head * Q_STEPS[2]), D, WIDTH)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     peak, total = tl.full((ROWS,), FLOOR, tl.float32), tl.zeros((ROWS,), tl.float32)
     if sinks is not None and split == 0:
@@ -136,13 +135,31 @@ def _attend(
         peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
         total += 1.0
 
-    k_own, v_own = k + row * k_row + head * k_head, v + row * v_row + head * v_head
-    for at in tl.range(split * OWN, count, SPLITS * OWN, num_stages=1):
+    # Page numbers are fetched a tile ahead by hand: loads that wait for loads would halve the compiler's pipeline.
+    k_pages += head * PAGE_STEPS[2]
+    v_pages += head * PAGE_STEPS[2]
+    offset = tl.arange(0, KEYS)
+    for at in range(begin_at, end, SPLITS):
+        slots = ahead.to(tl.int64) * PAGE_STEPS[0] + (at * KEYS + offset) % PAGE * PAGE_STEPS[1]
+        if PAGE % KEYS == 0:
+            slots = ahead.to(tl.int64) * PAGE_STEPS[0] + at % (PAGE // KEYS) * KEYS * PAGE_STEPS[1] + offset * PAGE_STEPS[1]
+        ahead = _pages(pages, at + SPLITS, length, table_width, PAGE, KEYS)
+        # Slots behind the prefix may hold anything, NaN too: their values must not even be multiplied by zero.
+        there = at * KEYS + offset < length
+        score = _scores(queries, _rows(k_pages + slots, D, WIDTH, there), inner, SOFTCAP)
+        values = _rows(v_pages + slots, D, WIDTH, there)
+        seen = there[None, :]
+        if WINDOW:
+            seen = seen & ((at * KEYS + offset)[None, :] > (length + place - WINDOW)[:, None])
+        acc, peak, total = _update(tl.where(seen, score, -float("inf")), values, acc, peak, total, factor)
+
+    k_own, v_own = k + row * K_STEPS[0] + head * K_STEPS[2], v + row * V_STEPS[0] + head * V_STEPS[2]
+    for at in tl.range(split * OWN, count, SPLITS * OWN, num_stages=2):
         index = at + tl.arange(0, OWN)
         key = tl.where(index < clean, index, index + skipped)
         here = index < count
-        new_k = _rows(k_own + key * k_query, D, WIDTH, here)
-        new_v = _rows(v_own + key * v_query, D, WIDTH, here)
+        new_k = _rows(k_own + key * K_STEPS[1], D, WIDTH, here)
+        new_v = _rows(v_own + key * V_STEPS[1], D, WIDTH, here)
         text = key[None, :] < stop[:, None]
         seen = text
         if BLOCK:
@@ -154,39 +171,22 @@ def _attend(
         score = tl.where(seen & here[None, :], _scores(queries, new_k, inner, SOFTCAP), -float("inf"))
         acc, peak, total = _update(score, new_v, acc, peak, total, factor)
 
-    # Page numbers are fetched a tile ahead by hand: loads that wait for loads would halve the compiler's pipeline.
-    k_pages += head * head_step
-    v_pages += head * head_step
-    offset = tl.arange(0, KEYS)
-    for at in range(begin_at, end, SPLITS):
-        slots = ahead.to(tl.int64) * page_step + (at * KEYS + offset) % PAGE * slot_step
-        if PAGE % KEYS == 0:
-            slots = ahead.to(tl.int64) * page_step + at % (PAGE // KEYS) * KEYS * slot_step + offset * slot_step
-        ahead = _pages(pages, at + SPLITS, length, table_width, PAGE, KEYS)
-        # Slots behind the prefix may hold anything, NaN too: their values must not even be multiplied by zero.
-        there = at * KEYS + offset < length
-        score = _scores(queries, _rows(k_pages + slots, D, WIDTH, there), inner, SOFTCAP)
-        values = _rows(v_pages + slots, D, WIDTH, there)
-        seen = there[None, :]
-        if WINDOW:
-            seen = seen & ((at * KEYS + offset)[None, :] > (length + place - WINDOW)[:, None])
-        acc, peak, total = _update(tl.where(seen, score, -float("inf")), values, acc, peak, total, factor)
-
     column, real = tl.arange(0, WIDTH), lines < QUERIES * GROUP
     if SPLITS == 1:
         base = ((row * QUERIES + query) * HEADS * GROUP + query_head) * D
         result = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + base[:, None] + column[None, :], result, mask=real[:, None] & (column < D)[None, :])
     else:
-        step = tl.num_programs(1).to(tl.int64) * QUERIES * GROUP
-        mine = pair.to(tl.int64) * QUERIES * GROUP
-        leave(part, peaks, totals, mine + split * step + line, real, acc, peak, total, D, WIDTH)
-        if last_to_come(arrived + pair * tl.num_programs(0) + tile, used):
-            for at in range(0, ROWS, FEW):
-                few = tile * ROWS + at + tl.arange(0, FEW)
-                one = tl.minimum(few, QUERIES * GROUP - 1)
-                joined = combine(part + mine * D, peaks + mine, totals + mine, one, step, used, D, WIDTH, FLIGHT)
-                base = ((row * QUERIES + one // GROUP) * HEADS * GROUP + head * GROUP + one % GROUP) * D
+        shared = pair * tl.num_programs(0) + tile
+        kept = shared.to(tl.int64) * SPLITS * HELD
+        mine = kept + split * HELD
+        leave(part + mine * D, peaks + mine, totals + mine, acc, peak, total, HELD, D)
+        if last_to_come(arrived + shared, used):
+            for at in range(0, HELD, FEW):
+                few = at + tl.arange(0, FEW)
+                joined = combine(part + kept * D, peaks + kept, totals + kept, few, used, HELD, D, WIDTH, SPLITS, FLIGHT)
+                few += tile * ROWS
+                base = ((row * QUERIES + few // GROUP) * HEADS * GROUP + head * GROUP + few % GROUP) * D
                 inside = (few < QUERIES * GROUP)[:, None] & (column < D)[None, :]
                 tl.store(out + base[:, None] + column[None, :], joined.to(out.dtype.element_ty), mask=inside)
 
@@ -260,8 +260,8 @@ def attend(
     _attend[triton.cdiv(length * group, chosen.rows), rows * heads, chosen.splits](
         q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, sinks,
         out, workspace.part, workspace.peaks, workspace.totals, workspace.arrived, inner, factor,
-        *q.stride()[:3], *k_new.stride()[:3], *v_new.stride()[:3], *k_pages.stride()[:3],
         block_table.stride(0), block_table.shape[1],
+        Q_STEPS=q.stride(), K_STEPS=k_new.stride(), V_STEPS=v_new.stride(), PAGE_STEPS=k_pages.stride(),
         HEADS=heads, GROUP=group, QUERIES=length, CAUSAL=causal, BLOCK=block, D=width, WIDTH=wide, PAGE=page,
         WINDOW=window or 0, SOFTCAP=softcap is not None, ROWS=chosen.rows, KEYS=chosen.keys,
         OWN=own_keys(chosen, causal, block, blocks, group), SPLITS=chosen.splits,

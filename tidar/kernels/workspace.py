@@ -15,8 +15,12 @@ from tidar.errors import TidarError
 
 __all__ = ["Tiles", "Workspace", "own_keys", "power_of_2", "tiles", "tune"]
 
-COMBINE_COST = 2
-"""What writing and joining a split costs, in tiles of keys. A guess by arithmetic, docs/step-kernel.md."""
+PORT = 64
+"""Bytes that a multiprocessor takes from the L2 cache in a clock."""
+RATE = {2: 2048, 4: 256}
+"""Floating-point operations that it does in a clock, by bytes of a number; in 16 bits half of the data sheet's."""
+MEETING = 1000
+"""Clocks of a split that go into leaving its part and counting it."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Tiles:
 
     Attributes:
         rows: query rows (L·G of them for a key head) of a program; a power of 2, at least 16.
-        keys: keys taken at a time; likewise.
-        splits: programs that share a row's prefix.
+        keys: keys taken at a time; likewise. Best a divisor of the page size, so that a tile lies in one page.
+        splits: programs that share a row's keys, at most; each has a tile of them at least.
         warps: warps of a program.
         stages: tiles of keys in flight.
     """
@@ -51,14 +55,15 @@ def tiles(
 ) -> Tiles:
     """Tiles for B ``rows`` of ``queries`` on a GPU with so many streaming multiprocessors.
 
-    In 16 bits and up to D = 128, 128 query rows and 64 keys, FlashAttention-2's choice: with 8 warps the sums of values
-    take 64 registers of a thread, and three tiles of keys and values fit beside the queries in shared memory. With
-    fewer rows the prefix would be wanted from the L2 cache faster than it gives. Few queries are bound by memory: the
-    least tile that holds them, and one more tile of keys in flight. Wider heads and float32 (which must do without
-    tensor cores) are cut until the compiler for sm_90 spills no registers.
+    Few query rows are bound by latency: the least tile that holds them and many warps, so that each has little to do.
+    From 64 on, tiles are as high as one warpgroup's matrix instructions; up to D = 128 two programs fit on a Hopper
+    multiprocessor, and one multiplies while the other weighs. With two stages instead of three the compiler would
+    serialise the instructions. Wider heads and float32 (which must do without tensor cores) are cut until the compiler
+    spills no registers.
 
-    The number of splits is the one with the least work on the busiest multiprocessor: rounds of programs, times keys
-    of a program and what joining costs. Ties go to fewer splits.
+    The number of splits is the one with the fewest clocks, counted for prefixes of half of ``max_length``: of the tiles
+    of keys of a split, bound by the L2 cache or by arithmetic, and of the parts that the last split reads. A program
+    gets half of a multiprocessor. Ties go to fewer splits.
     """
     lines = queries * query_heads // heads
     fit = power_of_2(max(lines, 16))
@@ -66,18 +71,20 @@ def tiles(
         cut, keys, warps, stages = 16, 16, 8, 2
     elif head_dim > 128:
         cut, keys, warps, stages = min(fit, 64), 32, 4, 2
-    elif fit < 128:
-        cut, keys, warps, stages = fit, 64, 4, 4
+    elif fit < 64:
+        cut, keys, warps, stages = fit, 64, 8, 3
     else:
-        cut, keys, warps, stages = 128, 64, 8, 3
+        cut, keys, warps, stages = 64, 64, 4, 3
     programs = -(-lines // cut) * rows * heads
-    prefix = -(-max_length // keys)
+    units = 1 + -(-max_length // (2 * keys))  # own keys take a tile too
+    tile = keys * head_dim * 2 * max(itemsize / PORT, 2 * cut / RATE[min(itemsize, 4)])
+    part = min(fit, power_of_2(lines), cut) * head_dim * 4 / PORT
 
-    def work(splits: int) -> int:
-        rounds = -(-programs * splits // processors)
-        return rounds * (-(-prefix // splits) + (COMBINE_COST if splits > 1 else 0))
+    def clocks(splits: int) -> float:
+        rounds = -(-programs * splits // (2 * processors))
+        return rounds * -(-units // splits) * 2 * tile + (MEETING + splits * part if splits > 1 else 0)
 
-    splits = min(range(1, min(max(prefix, 1), 128) + 1), key=work)
+    splits = min(range(1, min(units, 128) + 1), key=clocks)
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)
 
 
@@ -94,12 +101,15 @@ def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int) ->
 
 
 def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
-    """How the last split of a tile reads the parts, for _attend: rows that are real, splits at a time, and stages."""
-    threads = 32 * chosen.warps
-    few = min(chosen.rows, power_of_2(lines), max(1, 32 * threads // width))
-    most = max(1, 160 * threads // (few * width))
-    rounds = -(-chosen.splits // most)
-    return {"FEW": few, "FLIGHT": -(-chosen.splits // rounds)}
+    """How the last split reads the parts of a tile, for `_attend`, with L·G ``lines`` of a padded ``width``.
+
+    HELD rows of a tile are kept, FEW of them are joined at a time, from FLIGHT splits at once: as many as registers
+    hold, so that many loads are under way.
+    """
+    threads, held = 32 * chosen.warps, min(chosen.rows, power_of_2(lines))
+    few = min(held, max(1, 32 * threads // width))
+    rounds = -(-chosen.splits * few * width // (160 * threads))
+    return {"HELD": held, "FEW": few, "FLIGHT": -(-chosen.splits // rounds)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +119,10 @@ class Workspace:
     Attributes:
         shape: (B, L, Hq, Hk, D) that it was made for.
         tiles: how the step is cut up.
-        part: (splits, B·Hk, L·G, D) float32, weighted sums of values; empty if there is one split.
-        peaks: (splits, B·Hk, L·G) float32, greatest scores, in base 2.
+        part: (B·Hk, tiles, splits, rows, D) float32, weighted sums of values; empty if there is one split.
+        peaks: (B·Hk, tiles, splits, rows) float32, greatest scores, in base 2.
         totals: the same, sums of weights.
-        arrived: (tiles, B·Hk) int32, splits that have left their part; 0 between launches, never to be written by others.
+        arrived: (B·Hk, tiles) int32, splits that have left their parts: 0 between launches, and only theirs to write.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -148,11 +158,12 @@ class Workspace:
         if any(n < 16 or power_of_2(n) != n for n in (chosen.rows, chosen.keys)) or chosen.splits < 1:
             raise TidarError(f"tiles must be powers of 2 from 16 on, and splits at least 1, not {chosen}")
         lines = queries * query_heads // heads
-        kept = (chosen.splits if chosen.splits > 1 else 0, rows * heads, lines)
+        cuts = -(-lines // chosen.rows)
+        kept = (rows * heads, cuts, chosen.splits if chosen.splits > 1 else 0, min(chosen.rows, power_of_2(lines)))
         part, peaks, totals = (
             torch.empty(kept + rest, dtype=torch.float32, device=device) for rest in ((head_dim,), (), ())
         )
-        arrived = torch.zeros(-(-lines // chosen.rows), rows * heads, dtype=torch.int32, device=device)
+        arrived = torch.zeros(rows * heads, cuts, dtype=torch.int32, device=device)
         return cls((rows, queries, query_heads, heads, head_dim), chosen, part, peaks, totals, arrived)
 
 
@@ -165,48 +176,53 @@ def tune(
     workspace: Workspace,
     measure: Callable[[Callable[[], object]], float] | None = None,
 ) -> Workspace:
-    """The workspace with the fastest tiles, changed one size at a time; for a GPU, and never inside a step.
+    """The workspace with the fastest of about ten tiles; for a GPU, and never inside a step. About half a minute.
 
     Args:
         run: a call of `tidar.kernels.step_attention.attend` that waits for nothing; give it typical lengths.
         workspace: where to start.
-        measure: time of a call; Triton's benchmark with its median by default.
+        measure: time of a call; by default the median in a CUDA graph, without the time of a launch from the host.
     """
     from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    rows, queries, query_heads, heads, head_dim = workspace.shape
+    from triton.testing import do_bench_cudagraph
 
     def time(candidate: Workspace) -> float:
         def call() -> object:
             return run(candidate)
 
         try:
-            return do_bench(call, return_mode="median") if measure is None else measure(call)
+            return do_bench_cudagraph(call, rep=5, return_mode="median") if measure is None else measure(call)
         except OutOfResources:
             return float("inf")
 
+    def made(chosen: Tiles) -> Workspace:
+        dtype, device = torch.float32, workspace.part.device  # of the parts; tiles are chosen already
+        return Workspace.for_step(*workspace.shape, 0, dtype=dtype, device=device, chosen=chosen)
+
     best, least = workspace, time(workspace)
-    splits = workspace.tiles.splits
-    for name, values in {
-        "splits": {max(1, splits // 2), splits + 1, 2 * splits},
-        "keys": {32, 64, 128},
-        "rows": {16, 32, 64, 128},
-        "warps": {4, 8},
-        "stages": {2, 3, 4},
-    }.items():
-        for value in sorted(values - {getattr(best.tiles, name)}):
-            candidate = Workspace.for_step(
-                rows,
-                queries,
-                query_heads,
-                heads,
-                head_dim,
-                0,
-                dtype=torch.float32,
-                device=workspace.part.device,
-                chosen=replace(best.tiles, **{name: value}),
-            )
-            if (taken := time(candidate)) < least:
+    seen = {workspace.tiles}
+    for more in (_shapes, _shares):
+        for chosen in more(best.tiles):
+            if chosen not in seen and (taken := time(candidate := made(chosen))) < least:
                 best, least = candidate, taken
+            seen.add(chosen)
     return best
+
+
+def _shapes(tiles: Tiles) -> list[Tiles]:
+    """Other tiles, with about as much work for the GPU at once."""
+    keys, rows, splits = tiles.keys, tiles.rows, tiles.splits
+    if rows < 64:
+        others = [(64, 8, 2), (64, 8, 4), (64, 4, 3), (32, 4, 3), (128, 8, 2), (128, 4, 2)]
+        return [Tiles(rows, n, -(-splits * keys // n), warps, stages) for n, warps, stages in others]
+    taller = [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)]
+    return [
+        Tiles(n, wide, -(-splits * n * tiles.warps // (rows * warps)), warps, stages)
+        for n, wide, warps, stages in taller
+    ]
+
+
+def _shares(tiles: Tiles) -> list[Tiles]:
+    """The same tiles with fewer splits and more."""
+    splits = tiles.splits
+    return [replace(tiles, splits=n) for n in (-(-splits // 2), -(-splits * 3 // 4), splits + 1, splits * 3 // 2) if n]

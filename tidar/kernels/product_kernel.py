@@ -1,0 +1,137 @@
+"""The kernel of `tidar.kernels.products`: a tile of a matrix product with what stands before and behind it.
+
+Three ways to the sums, by the rows of a tile (`tidar.kernels.product_tiles`): a single one is multiplied and summed
+without tensor cores; up to 32 are too few for Hopper's own matrix instructions, so the warps share the depth; from 64
+on those instructions read both tiles from shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tidar.kernels.attention_parts import last_to_come
+from tidar.kernels.pdl import begin, prefetch
+
+__all__ = ["product"]
+
+
+@triton.jit
+def _accumulate(acc, x, w, SLICES: tl.constexpr):
+    """Take x (rows, depth) and w (columns, depth) into the sums."""
+    ROWS: tl.constexpr = x.shape[0]
+    PIECE: tl.constexpr = x.shape[1] // SLICES
+    if ROWS == 1:
+        acc += w.to(tl.float32) * x.to(tl.float32)  # (columns, depth), summed at the end
+    elif SLICES == 1:
+        # Triton's default for float32 is tf32: too coarse to decode exactly.
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    else:
+        # Warps share the depth: each multiplies a slice of its own, so none reads the weight of another.
+        x = tl.permute(tl.reshape(x, (ROWS, SLICES, PIECE)), (1, 0, 2))
+        w = tl.permute(tl.reshape(w, (w.shape[0], SLICES, PIECE)), (1, 2, 0))
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _sums(ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr):
+    if ROWS == 1:
+        return tl.zeros((COLS, DEPTH), tl.float32)
+    elif SLICES == 1:
+        return tl.zeros((ROWS, COLS), tl.float32)
+    else:
+        return tl.zeros((SLICES, ROWS, COLS), tl.float32)
+
+
+@triton.jit
+def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
+    """(rows, columns) from what `_accumulate` keeps."""
+    if ROWS == 1:
+        return tl.sum(acc, 1)[None, :]
+    elif SLICES == 1:
+        return acc
+    else:
+        return tl.sum(acc, 0)
+
+
+@triton.jit
+def product(
+    x, rows, norm, weight, bias, out, part, arrived, count, eps, x_row, out_row,
+    D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once.
+
+    With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D).
+    """
+    HALVES: tl.constexpr = 2 if GATES else 1
+    TAKEN: tl.constexpr = COLS // HALVES
+    first, top = tl.program_id(1) * TAKEN, tl.program_id(0) * ROWS
+    col, k = tl.arange(0, COLS), tl.arange(0, DEPTH)[None, :]
+    # A gate and its up are neighbours, to meet in a thread. Behind the last it is read again: no mask in the loop.
+    w_row = tl.minimum(first + col // HALVES, F - 1) + col % HALVES * F
+    if not TMA:
+        w_at = weight + w_row.to(tl.int64)[:, None] * D
+    if PDL and AHEAD > 0 and not TMA:
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        prefetch(w_at + tl.minimum(tl.arange(0, AHEAD // LINE) * LINE, D - 1)[None, :])
+    begin(PDL)
+
+    line = tl.arange(0, ROWS)
+    at = top + line
+    real, chosen = at < count, at
+    if rows is not None:
+        chosen = tl.load(rows + at, mask=real, other=0)
+    if not TMA:
+        w_at += k
+        x_at = x + chosen.to(tl.int64)[:, None] * x_row + k
+    start, end = 0, D
+    if SPLITS > 1:
+        SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
+        start = tl.program_id(2) * SHARE
+        end = tl.minimum(start + SHARE, D)
+    acc = _sums(ROWS, COLS, DEPTH, SLICES)
+    squares = _sums(ROWS, ROWS, DEPTH, SLICES)
+
+    for d in tl.range(start, end, DEPTH, num_stages=STAGES):
+        if TMA:
+            taken = x.load([top, d])
+            w = tl.reshape(weight.load([first, 0, d]), (COLS, DEPTH))
+        else:
+            taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
+            w = tl.load(w_at + d)
+        if norm is not None:
+            # The diagonal of x·xᵀ: a plain sum would want x from shared memory in another order than the product does.
+            squares = _accumulate(squares, taken, taken, SLICES)
+            taken = taken.to(tl.float32) * tl.load(norm + d + k).to(tl.float32)
+            if ROWS > 1:
+                taken = taken.to(w.dtype)
+        acc = _accumulate(acc, taken, w, SLICES)
+
+    acc = _total(acc, ROWS, SLICES)
+    if SPLITS > 1:
+        # The last to come adds the shares up, in their order: the sum does not depend on who that is.
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        shares = part + tile.to(tl.int64) * (SPLITS * ROWS * COLS) + line[:, None] * COLS + col[None, :]
+        tl.store(shares + tl.program_id(2) * (ROWS * COLS), acc)
+        if not last_to_come(arrived + tile, SPLITS):
+            return
+        acc = tl.load(shares, cache_modifier=".cg")
+        for split in range(1, SPLITS):
+            acc += tl.load(shares + split * (ROWS * COLS), cache_modifier=".cg")
+    if norm is not None:
+        diagonal = tl.where(line[:, None] == line[None, :], _total(squares, ROWS, SLICES), 0.0)
+        acc *= tl.rsqrt(tl.sum(diagonal, 1) / D + eps)[:, None]
+    if bias is not None:
+        acc += tl.load(bias + w_row).to(tl.float32)[None, :]
+    if GATES:
+        gate, up = tl.split(tl.reshape(acc, (ROWS, TAKEN, 2)))
+        acc = gate * tl.sigmoid(gate) * up
+    column = first + tl.arange(0, TAKEN)
+    place = out + at.to(tl.int64)[:, None] * out_row + column[None, :]
+    inside = real[:, None] & (column < F)[None, :]
+    if ADD:
+        acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
