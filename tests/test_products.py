@@ -186,10 +186,10 @@ def test_one_after_another_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for interpreted, enabled in ((True, True), (False, True), (False, False)):
         pdl._able.cache_clear()
-        monkeypatch.setattr(pdl, "ENABLED", enabled)
         monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
         able = enabled and not interpreted
-        assert pdl.options(device) == {"PDL": able, "launch_pdl": able}
+        with pdl.overlapping(enabled):
+            assert pdl.options(device) == {"PDL": able, "launch_pdl": able}
     pdl._able.cache_clear()
 
 
@@ -255,7 +255,8 @@ FASTEST: dict[int, dict[str, dict[str, tuple[int, ...] | None]]] = {
                "down": (16, 32, 256, 4, 5), "head": (16, 64, 128, 2, 5)},
     },
     256: {
-        "small": {"qkv": (64, 64, 64, 4, 7), "out": (64, 32, 128, 4, 4), "mlp": (64, 64, 64, 4, 7), "down": None},
+        "small": {"qkv": (64, 64, 128, 4, 4), "out": (64, 32, 128, 4, 4), "mlp": (64, 64, 128, 4, 4),
+                  "down": (64, 32, 128, 4, 7)},
         "1.5B": dict.fromkeys(("qkv", "out", "mlp", "down")),
         "8B": dict.fromkeys(("qkv", "out", "mlp", "down")),
     },
@@ -271,6 +272,7 @@ def test_default_tiles(rows: int, model: str) -> None:
         cut = tiles and (tiles.rows, tiles.cols, tiles.depth, tiles.warps, tiles.stages)
         assert cut == fastest, (name, tiles)
         assert tiles is None or (tiles.ahead > 0) == (rows <= 16)
+        assert tiles is None or tiles.tma == (rows == 256 and name in ("qkv", "mlp"))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

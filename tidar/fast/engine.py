@@ -123,15 +123,26 @@ class Engine:
     def _ready(self, slots: Slots, step: Step) -> Callable[[], object]:
         if self.plain or self.core.device.type != "cuda":
             return step
-        # Kernels are compiled, and libraries make their handles, outside of the capture.
-        with slots.untouched():
-            step()
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        from tidar.kernels.pdl import overlapping
+
+        with overlapping(self._in_cache()):
+            # Kernels are compiled, and libraries make their handles, outside of the capture.
+            with slots.untouched():
+                step()
+                step()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
         return Captured(graph, step)
+
+    def _in_cache(self) -> bool:
+        """All weights fit into the L2 cache. Then a step is a row of launches that wait for one another, and letting
+        them overlap pays; where weights stream from memory it was measured to cost (docs/benchmarks.md)."""
+        lean = self.network.lean
+        weights = [w for layer in lean.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        held = sum(w.nbytes for w in [*weights, lean.head])
+        return bool(held <= torch.cuda.get_device_properties(self.core.device).L2_cache_size)
 
     @torch.inference_mode()
     def clock(self, slots: Slots, plans: Sequence[Plan], flags: Flags) -> Clock:

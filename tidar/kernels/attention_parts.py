@@ -59,7 +59,8 @@ def combine(
         new, theirs = peak, ()
         for split in tl.static_range(first, min(first + FLIGHT, SPLITS)):
             one = tl.load(peaks + split * HELD + row, mask=split < used, other=FLOOR, cache_modifier=".cg")
-            new, theirs = tl.maximum(new, one), theirs + (one,)  # noqa: RUF005
+            new = tl.maximum(new, one)
+            theirs = theirs + (one,)  # type: ignore[assignment]
         shrink = tl.exp2(peak - new)
         acc, total, peak = acc * shrink[:, None], total * shrink, new
         for split in tl.static_range(first, min(first + FLIGHT, SPLITS)):

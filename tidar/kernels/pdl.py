@@ -25,16 +25,28 @@ Not for cooperative launches, which place all of their programs at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["begin", "options", "prefetch"]
+__all__ = ["begin", "options", "overlapping", "prefetch"]
 
-ENABLED = True
-"""False launches everything one after another, to measure what this is worth. Read at every launch, so at capture."""
+_wanted = ContextVar("_wanted", default=True)
+
+
+@contextmanager
+def overlapping(wanted: bool) -> Iterator[None]:
+    """Launches inside do so, or follow one another; it is decided at each launch, so at capture."""
+    token = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 @triton.jit
@@ -58,7 +70,7 @@ def options(device: torch.device) -> dict[str, bool]:
 
     Both are False in Triton's interpreter and on GPUs without it.
     """
-    able = ENABLED and device.type == "cuda" and not triton.knobs.runtime.interpret and _able(device)
+    able = _wanted.get() and device.type == "cuda" and not triton.knobs.runtime.interpret and _able(device)
     return {"PDL": able, "launch_pdl": able}
 
 

@@ -92,8 +92,8 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
     asked for at once. Up to 32 rows too, but each program reads all of them again from the L2 cache: one program a
     multiprocessor, if tiles of up to 64 columns allow it. Wider weights take several rounds: tiles of 32 columns, so
     that the last round wastes little, or of 64 if there are so many that it does not count. More rows are bound by
-    arithmetic and left to cuBLAS, which may share out the depth; except for those of a small model, where a launch less
-    for the norm counts for more.
+    arithmetic and left to cuBLAS, which may share out the depth; except for those of a small model, where each launch
+    counts.
 
     Args:
         n_rows: rows of x.
@@ -114,8 +114,10 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
             return _cut((rows, 16 if needed <= 16 else 32, 256, 4), depth, itemsize)
         wide = rows == 16 and (needed <= 64 or needed > 512)  # with 32 rows the sums of 64 columns fill the registers
         return _cut((rows, 64 if wide else 32, 128, 2), depth, itemsize)
-    if depth <= 512 and n_rows <= 320:
-        return _cut((64, 64, 64, 4) if features >= 512 else (64, 32, 128, 4), depth, itemsize)
+    if features * depth <= 1 << 20 and n_rows <= 320:  # of a small model
+        if features >= 512 and depth >= 256:
+            return replace(_cut((64, 64, 128, 4), depth, itemsize), stages=4, tma=True)
+        return _cut((64, 32, 128, 4), depth, itemsize)
     fitting = [cols for cols in (128, 64, 32) if features >= 96 * cols]
     if n_rows <= 64 and fitting:
         return _cut((64, fitting[0], 128 if fitting[0] == 32 else 64, 4), depth, itemsize)

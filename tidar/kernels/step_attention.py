@@ -1,13 +1,13 @@
-"""Attention of a decoding step in one pass over the prefix, as Triton kernels.
+"""Attention of a decoding step in one launch and one pass over the prefix, as a Triton kernel.
 
 All queries of a step see the same prefix, drafts and masks alike; only the keys that the step itself brings are seen
 by some and not by others. So the G query heads of a key head and the L queries are folded into one axis of L·G query
-rows, cut into tiles; a tile walks over the prefix without any mask, then over the few own keys that its queries may
-see: the causal tokens and the blocks of masks that lie in the tile. Which query sees which of them is index arithmetic.
+rows, cut into tiles; a tile walks over the prefix, then over the few own keys that its queries may see: the causal
+tokens and the blocks of masks that lie in the tile. Which query sees which of them is index arithmetic.
 
 The softmax is computed online, with the sum divided out at the end (FlashAttention-2, Dao 2023). A step has few
-query rows for a large GPU, so the prefix is split among programs and the parts are combined afterwards (Flash-Decoding,
-Dao et al. 2023).
+query rows for a large GPU, so a tile's keys are split among programs (Flash-Decoding, Dao et al. 2023), and the last of
+them joins the parts (`tidar.kernels.attention_parts`).
 
 Lengths, levels and page tables are read on the device only: grid and shapes depend on static sizes, so a step can be
 captured in a CUDA graph. `tidar.kernels.reference` is the plain twin.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 from tidar.kernels.attention_parts import FLOOR, combine, last_to_come, leave
+from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference import check_step
 from tidar.kernels.workspace import Workspace, joining, own_keys, power_of_2
 
@@ -36,7 +37,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def _rows(place, D: tl.constexpr, WIDTH: tl.constexpr, real=None):
-    """Rows of D numbers at pointers ``place``, padded to WIDTH; zeros where not ``real``, whatever memory holds there."""
+    """Rows of D numbers at pointers ``place``, padded to WIDTH; zeros where not ``real``, whatever memory holds."""
     column = tl.arange(0, WIDTH)
     place, inside = place[:, None] + column[None, :], (column < D)[None, :]
     if real is not None:
@@ -70,12 +71,24 @@ def _update(score, v, acc, peak, total, factor):
 def _pages(table, at, length, table_width, PAGE: tl.constexpr, KEYS: tl.constexpr):
     """The pages of the prefix's tile ``at``: one number where a tile lies in a page, else one a key."""
     if PAGE % KEYS == 0:
-        # Behind the prefix the number means nothing, but it can be asked for before the length is known.
+        # Behind the prefix the number means nothing, but asking needs no length.
         index = at // (PAGE // KEYS)
         return tl.load(table + index, mask=index < table_width, other=0)
     else:
         key = at * KEYS + tl.arange(0, KEYS)
         return tl.load(table + key // PAGE, mask=key < length, other=0)
+
+
+@triton.jit
+def _give(
+    out, value, line, row, head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store query rows ``line`` of the output, if there are such."""
+    column = tl.arange(0, WIDTH)
+    base = ((row * QUERIES + line // GROUP) * HEADS * GROUP + head * GROUP + line % GROUP) * D
+    inside = (line < QUERIES * GROUP)[:, None] & (column < D)[None, :]
+    tl.store(out + base[:, None] + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,9 +99,10 @@ def _attend(
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
-    HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr,
+    HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of query rows over a split of its keys; the last split to come to a tile joins their parts."""
+    begin(PDL)
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, head = (pair // HEADS).to(tl.int64), pair % HEADS
     length = tl.load(lengths + row)
@@ -102,14 +116,14 @@ def _attend(
         skipped = CAUSAL + begin - clean
         count = clean + tl.maximum(last - CAUSAL + BLOCK, 0) // BLOCK * BLOCK - begin
 
-    # Tiles of own keys, then of the prefix, are dealt to the splits in turn.
+    # Tiles of own keys, then of the prefix, are dealt to the splits in turn. Which of the prefix comes first to a split
+    # does not depend on the length (without a window), so its page can be asked for before the length is known.
     own, first = tl.cdiv(count, OWN), 0
     if WINDOW:
         first = tl.maximum(length - WINDOW + 1, 0) // KEYS
-    begin_at = first + split - own + tl.cdiv(tl.maximum(own - split, 0), SPLITS) * SPLITS
+    start, end = first + split - own + tl.cdiv(tl.maximum(own - split, 0), SPLITS) * SPLITS, tl.cdiv(length, KEYS)
     pages = table + row * table_step
-    ahead = _pages(pages, begin_at, length, table_width, PAGE, KEYS)
-    end = tl.cdiv(length, KEYS)
+    ahead = _pages(pages, start, length, table_width, PAGE, KEYS)
     used = tl.minimum(own + end - first, SPLITS)
     if split >= used:
         return
@@ -135,24 +149,27 @@ def _attend(
         peak = tl.load(sinks + query_head).to(tl.float32) * LOG2E
         total += 1.0
 
-    # Page numbers are fetched a tile ahead by hand: loads that wait for loads would halve the compiler's pipeline.
+    # Prefix. Page numbers are fetched a tile ahead by hand: loads that wait for loads would halve the pipeline.
     k_pages += head * PAGE_STEPS[2]
     v_pages += head * PAGE_STEPS[2]
     offset = tl.arange(0, KEYS)
-    for at in range(begin_at, end, SPLITS):
-        slots = ahead.to(tl.int64) * PAGE_STEPS[0] + (at * KEYS + offset) % PAGE * PAGE_STEPS[1]
-        if PAGE % KEYS == 0:
-            slots = ahead.to(tl.int64) * PAGE_STEPS[0] + at % (PAGE // KEYS) * KEYS * PAGE_STEPS[1] + offset * PAGE_STEPS[1]
+    for at in range(start, end, SPLITS):
+        if PAGE % KEYS == 0:  # so written, addresses are one plus constants
+            slot = at * KEYS % PAGE + offset
+        else:
+            slot = (at * KEYS + offset) % PAGE
+        place_in_pages = ahead.to(tl.int64) * PAGE_STEPS[0] + slot * PAGE_STEPS[1]
         ahead = _pages(pages, at + SPLITS, length, table_width, PAGE, KEYS)
-        # Slots behind the prefix may hold anything, NaN too: their values must not even be multiplied by zero.
+        # Slots behind the prefix may hold anything, NaN too: they must not even be multiplied by zero.
         there = at * KEYS + offset < length
-        score = _scores(queries, _rows(k_pages + slots, D, WIDTH, there), inner, SOFTCAP)
-        values = _rows(v_pages + slots, D, WIDTH, there)
+        score = _scores(queries, _rows(k_pages + place_in_pages, D, WIDTH, there), inner, SOFTCAP)
+        values = _rows(v_pages + place_in_pages, D, WIDTH, there)
         seen = there[None, :]
         if WINDOW:
             seen = seen & ((at * KEYS + offset)[None, :] > (length + place - WINDOW)[:, None])
         acc, peak, total = _update(tl.where(seen, score, -float("inf")), values, acc, peak, total, factor)
 
+    # Own keys.
     k_own, v_own = k + row * K_STEPS[0] + head * K_STEPS[2], v + row * V_STEPS[0] + head * V_STEPS[2]
     for at in tl.range(split * OWN, count, SPLITS * OWN, num_stages=2):
         index = at + tl.arange(0, OWN)
@@ -171,24 +188,20 @@ def _attend(
         score = tl.where(seen & here[None, :], _scores(queries, new_k, inner, SOFTCAP), -float("inf"))
         acc, peak, total = _update(score, new_v, acc, peak, total, factor)
 
-    column, real = tl.arange(0, WIDTH), lines < QUERIES * GROUP
     if SPLITS == 1:
-        base = ((row * QUERIES + query) * HEADS * GROUP + query_head) * D
-        result = (acc / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + base[:, None] + column[None, :], result, mask=real[:, None] & (column < D)[None, :])
+        _give(out, acc / total[:, None], lines, row, head, HEADS, GROUP, QUERIES, D, WIDTH)
     else:
-        shared = pair * tl.num_programs(0) + tile
-        kept = shared.to(tl.int64) * SPLITS * HELD
+        meeting = pair * tl.num_programs(0) + tile
+        kept = meeting.to(tl.int64) * SPLITS * HELD
         mine = kept + split * HELD
         leave(part + mine * D, peaks + mine, totals + mine, acc, peak, total, HELD, D)
-        if last_to_come(arrived + shared, used):
+        if last_to_come(arrived + meeting, used):
             for at in range(0, HELD, FEW):
                 few = at + tl.arange(0, FEW)
-                joined = combine(part + kept * D, peaks + kept, totals + kept, few, used, HELD, D, WIDTH, SPLITS, FLIGHT)
-                few += tile * ROWS
-                base = ((row * QUERIES + few // GROUP) * HEADS * GROUP + head * GROUP + few % GROUP) * D
-                inside = (few < QUERIES * GROUP)[:, None] & (column < D)[None, :]
-                tl.store(out + base[:, None] + column[None, :], joined.to(out.dtype.element_ty), mask=inside)
+                joined = combine(
+                    part + kept * D, peaks + kept, totals + kept, few, used, HELD, D, WIDTH, SPLITS, FLIGHT
+                )
+                _give(out, joined, tile * ROWS + few, row, head, HEADS, GROUP, QUERIES, D, WIDTH)
 
 
 def attend(
@@ -221,7 +234,7 @@ def attend(
         v_new: (B, L, Hk, D).
         k_pages: (pages, page_size, Hk, D), the committed prefixes.
         v_pages: the same.
-        block_table: (B, n) int32, the pages of each row in order; entries behind its prefix are not read.
+        block_table: (B, n) int32, the pages of each row in order; entries behind its prefix mean nothing.
         lengths: (B,) int32, committed tokens of each row, at most ``n · page_size``.
         levels: (P,) integers in 0 … C, the causal tokens that each block of masks sees. Not checked: they stay on
             the device.
@@ -265,6 +278,6 @@ def attend(
         HEADS=heads, GROUP=group, QUERIES=length, CAUSAL=causal, BLOCK=block, D=width, WIDTH=wide, PAGE=page,
         WINDOW=window or 0, SOFTCAP=softcap is not None, ROWS=chosen.rows, KEYS=chosen.keys,
         OWN=own_keys(chosen, causal, block, blocks, group), SPLITS=chosen.splits,
-        **joining(chosen, length * group, wide), num_warps=chosen.warps, num_stages=chosen.stages,
+        **joining(chosen, length * group, wide), num_warps=chosen.warps, num_stages=chosen.stages, **options(q.device),
     )  # fmt: skip
     return out

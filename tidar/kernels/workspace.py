@@ -21,6 +21,8 @@ RATE = {2: 2048, 4: 256}
 """Floating-point operations that it does in a clock, by bytes of a number; in 16 bits half of the data sheet's."""
 MEETING = 1000
 """Clocks of a split that go into leaving its part and counting it."""
+MOST_SPLITS = 32
+"""Splits of a tile; each makes the code that joins them longer."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ def tiles(
     Few query rows are bound by latency: the least tile that holds them and many warps, so that each has little to do.
     From 64 on, tiles are as high as one warpgroup's matrix instructions; up to D = 128 two programs fit on a Hopper
     multiprocessor, and one multiplies while the other weighs. With two stages instead of three the compiler would
-    serialise the instructions. Wider heads and float32 (which must do without tensor cores) are cut until the compiler
-    spills no registers.
+    serialise these instructions. float32 must do without tensor cores, in tiles that spill no registers.
 
     The number of splits is the one with the fewest clocks, counted for prefixes of half of ``max_length``: of the tiles
     of keys of a split, bound by the L2 cache or by arithmetic, and of the parts that the last split reads. A program
@@ -69,12 +70,9 @@ def tiles(
     fit = power_of_2(max(lines, 16))
     if itemsize > 2:
         cut, keys, warps, stages = 16, 16, 8, 2
-    elif head_dim > 128:
-        cut, keys, warps, stages = min(fit, 64), 32, 4, 2
-    elif fit < 64:
-        cut, keys, warps, stages = fit, 64, 8, 3
     else:
-        cut, keys, warps, stages = 64, 64, 4, 3
+        cut, keys, stages = min(fit, 64), 64, 3 if head_dim <= 256 else 2
+        warps = 4 if cut == 64 and head_dim <= 128 else 8
     programs = -(-lines // cut) * rows * heads
     units = 1 + -(-max_length // (2 * keys))  # own keys take a tile too
     tile = keys * head_dim * 2 * max(itemsize / PORT, 2 * cut / RATE[min(itemsize, 4)])
@@ -84,7 +82,7 @@ def tiles(
         rounds = -(-programs * splits // (2 * processors))
         return rounds * -(-units // splits) * 2 * tile + (MEETING + splits * part if splits > 1 else 0)
 
-    splits = min(range(1, min(units, 128) + 1), key=clocks)
+    splits = min(range(1, min(units, MOST_SPLITS) + 1), key=clocks)
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)
 
 
@@ -95,13 +93,18 @@ def power_of_2(n: int) -> int:
 
 def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int) -> int:
     """Own keys taken at a time: all that a tile of query rows may see, but no more than of the prefix."""
-    queries = (chosen.rows - 2) // group + 2  # that a tile can touch
-    touched = min(blocks, (queries - 2) // block + 2) if block else 0
+    queries, split = divmod(chosen.rows, group)
+    if split:
+        queries = (chosen.rows - 2) // group + 2  # that a tile can touch
+    touched = 0
+    if block:
+        inside = not split and queries % block == 0 and causal % block == 0  # no block lies in two tiles
+        touched = min(blocks, queries // block if inside else (queries - 2) // block + 2)
     return min(chosen.keys, max(16, power_of_2(causal + touched * block)))
 
 
 def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
-    """How the last split reads the parts of a tile, for `_attend`, with L·G ``lines`` of a padded ``width``.
+    """How the last split reads a tile's parts: constants of `_attend`, for L·G ``lines`` of a padded ``width``.
 
     HELD rows of a tile are kept, FEW of them are joined at a time, from FLIGHT splits at once: as many as registers
     hold, so that many loads are under way.
