@@ -112,9 +112,9 @@ def _attend(
     clean = tl.minimum(last + 1, CAUSAL)
     skipped, count = 0, clean
     if BLOCK:
-        begin = tl.maximum(tile * ROWS // GROUP - CAUSAL, 0) // BLOCK * BLOCK
-        skipped = CAUSAL + begin - clean
-        count = clean + tl.maximum(last - CAUSAL + BLOCK, 0) // BLOCK * BLOCK - begin
+        from_mask = tl.maximum(tile * ROWS // GROUP - CAUSAL, 0) // BLOCK * BLOCK
+        skipped = CAUSAL + from_mask - clean
+        count = clean + tl.maximum(last - CAUSAL + BLOCK, 0) // BLOCK * BLOCK - from_mask
 
     # Tiles of own keys, then of the prefix, are dealt to the splits in turn. Which of the prefix comes first to a split
     # does not depend on the length (without a window), so its page can be asked for before the length is known.

@@ -117,7 +117,7 @@ def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """Where the splits of one layer's attention leave their parts; layers and steps use it in turn.
+    """Where the splits of one layer's attention leave their parts; layers and steps use it one at a time.
 
     Attributes:
         shape: (B, L, Hq, Hk, D) that it was made for.
