@@ -21,14 +21,13 @@ __all__ = ["FlexDecoder", "HuggingFace", "decoders"]
 
 
 def decoders(core: CausalLM, draft_len: int, sampling: dict[str, float] | None) -> dict[str, Callable[[], Decoder]]:
-    """Baselines by name. Prompt lookup is greedy only."""
+    """Baselines by name. Prompt lookup is greedy only, FlexAttention for models without sliding windows."""
     stock: Any = AutoModelForCausalLM.from_pretrained(core.path, dtype=core.dtype, attn_implementation="sdpa")
     stock = stock.to(core.device).eval()
-    flex = _Flex(core, draft_len)
-    found: dict[str, Callable[[], Decoder]] = {
-        "FlexAttention, sliced mask, no graph": lambda: FlexDecoder(flex, draft_len),
-        "transformers generate": lambda: HuggingFace(stock, {}),
-    }
+    found: dict[str, Callable[[], Decoder]] = {"transformers generate": lambda: HuggingFace(stock, {})}
+    if core.windows == (None,):
+        flex = _Flex(core, draft_len)
+        found["FlexAttention, sliced mask, no graph"] = lambda: FlexDecoder(flex, draft_len)
     if not sampling:
         found["transformers prompt lookup"] = lambda: HuggingFace(stock, {"prompt_lookup_num_tokens": 10})
     return found

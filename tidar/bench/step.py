@@ -65,6 +65,7 @@ def model_of(name: str | None, size: str | None, layers: int | None, dtype: str 
     return load_model(embedded_checkpoint() if name is None else name, device="cuda", dtype=dtype)
 
 
+@torch.inference_mode()
 def run(
     core: CausalLM, *, draft_len: int, prefixes: Sequence[int], rows: Sequence[int], sampled: bool = False
 ) -> list[dict[str, Any]]:

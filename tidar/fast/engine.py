@@ -218,7 +218,7 @@ class Engine:
                     lean.heads,
                     lean.kv_heads,
                     lean.head_dim,
-                    2048,
+                    network.longest,
                     dtype=lean.embedding.dtype,
                     device=device,
                 ),

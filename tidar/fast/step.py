@@ -72,6 +72,8 @@ class Network:
         self.suppressed[list(core.suppressed)] = True
         self.mask_id = core.spec.mask_token_id if core.spec else 0
         self.transition = lean.transition()
+        # What attention's splits are chosen for; behind longer prefixes they are long, but still right.
+        self.longest = min(2048, core.max_positions // 2)
 
     def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Tensor:
         """Hidden states (B·L, D) of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
@@ -199,7 +201,7 @@ class Step:
                 lean.heads,
                 lean.kv_heads,
                 lean.head_dim,
-                2048,  # beyond, splits are long but still right
+                network.longest,
                 dtype=lean.embedding.dtype,
                 device=device,
             ),

@@ -15,12 +15,14 @@ from tidar.errors import TidarError
 
 __all__ = ["Tiles", "Workspace", "own_keys", "power_of_2", "tiles", "tune"]
 
-PORT = 64
-"""Bytes that a multiprocessor takes from the L2 cache in a clock."""
-RATE = {2: 2048, 4: 256}
-"""Floating-point operations that it does in a clock, by bytes of a number; in 16 bits half of the data sheet's."""
-MEETING = 1000
-"""Clocks of a split that go into leaving its part and counting it."""
+TILE, TILE_WIDTH = 870, 4.7
+"""Clocks of a program for a tile of 64 keys, and for each number of a head's width."""
+SHARED = 1.3
+"""How much longer programs take that share a multiprocessor in twos."""
+MEETING, PART = 3200, 1300
+"""Clocks that splits cost at all, and each of them, of 64 query rows: leaving a part, counting it, reading it back."""
+MEETING_FEW, PART_FEW = 1700, 0.5
+"""The same of up to 16 query rows; the latter for each number of a head's width."""
 MOST_SPLITS = 32
 """Splits of a tile; each makes the code that joins them longer."""
 
@@ -57,30 +59,34 @@ def tiles(
 ) -> Tiles:
     """Tiles for B ``rows`` of ``queries`` on a GPU with so many streaming multiprocessors.
 
-    Few query rows are bound by latency: the least tile that holds them and many warps, so that each has little to do.
-    From 64 on, tiles are as high as one warpgroup's matrix instructions; up to D = 128 two programs fit on a Hopper
+    Few query rows are bound by latency: the least tile that holds them, and a split for nearly every tile of keys. From
+    64 on, tiles are as high as one warpgroup's matrix instructions; up to D = 128 two programs fit on a Hopper
     multiprocessor, and one multiplies while the other weighs. With two stages instead of three the compiler would
     serialise these instructions. float32 must do without tensor cores, in tiles that spill no registers.
 
     The number of splits is the one with the fewest clocks, counted for prefixes of half of ``max_length``: of the tiles
-    of keys of a split, bound by the L2 cache or by arithmetic, and of the parts that the last split reads. A program
-    gets half of a multiprocessor. Ties go to fewer splits.
+    of keys of a split, and of the parts that the last split reads. The clocks were fitted to an H200's times of 1 to
+    256 queries, D = 64 and 128 (docs/step-kernel.md). Ties go to fewer splits.
     """
     lines = queries * query_heads // heads
     fit = power_of_2(max(lines, 16))
     if itemsize > 2:
         cut, keys, warps, stages = 16, 16, 8, 2
+    elif lines <= 16:
+        cut, keys, warps, stages = 16, 64, 4 if heads * rows > 4 or head_dim <= 64 else 8, 2
     else:
-        cut, keys, stages = min(fit, 64), 64, 3 if head_dim <= 256 else 2
-        warps = 4 if cut == 64 and head_dim <= 128 else 8
+        cut, keys, stages = 32 if lines <= 96 else min(fit, 64), 64, 3 if head_dim <= 256 else 2
+        warps = 4 if head_dim <= 128 else 8
     programs = -(-lines // cut) * rows * heads
     units = 1 + -(-max_length // (2 * keys))  # own keys take a tile too
-    tile = keys * head_dim * 2 * max(itemsize / PORT, 2 * cut / RATE[min(itemsize, 4)])
-    part = min(fit, power_of_2(lines), cut) * head_dim * 4 / PORT
+    tile = TILE + TILE_WIDTH * head_dim
+    meeting, part = (MEETING, PART * cut / 64) if lines > 16 else (MEETING_FEW, PART_FEW * head_dim)
 
     def clocks(splits: int) -> float:
-        rounds = -(-programs * splits // (2 * processors))
-        return rounds * -(-units // splits) * 2 * tile + (MEETING + splits * part if splits > 1 else 0)
+        rounds, over = divmod(programs * splits, 2 * processors)
+        # A second program on a multiprocessor costs the first one a third.
+        busy = SHARED * (rounds + (over > processors)) + (0 < over <= processors)
+        return busy * -(-units // splits) * tile + (meeting + splits * part if splits > 1 else 0)
 
     splits = min(range(1, min(units, MOST_SPLITS) + 1), key=clocks)
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)

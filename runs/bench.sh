@@ -1,0 +1,23 @@
+#!/bin/sh
+# Every published speed on a GPU: steps against their floors, decoding by method on held-out files, and what the host
+# asks of the GPU meanwhile. On one NVIDIA H200 about four minutes once kernels are compiled.
+#   runs/bench.sh [RESULTS]        PYTHON=python3 to choose another interpreter
+set -eu
+cd "$(dirname "$0")/.."
+results=${1:-results}
+run="${PYTHON:-python} -m tidar bench"
+prompts=$(mktemp)
+trap 'rm -f "$prompts"' EXIT
+${PYTHON:-python} -c '
+import gzip, json
+for line in gzip.open("results/holdout_prompts.jsonl.gz", "rt"):
+    print(json.dumps(json.loads(line)["text"]))' > "$prompts"
+
+$run step --prefix 512 --record "$results/bench_step.jsonl"
+$run step --prefix 512 --sampled --record "$results/bench_step.jsonl"
+$run step --size qwen2.5-1.5b --record "$results/bench_step.jsonl"
+$run step --size qwen3-8b --record "$results/bench_step.jsonl"
+$run decode --prompts "$prompts" --count 64 --baselines --record "$results/bench_decode.jsonl"
+$run decode --prompts "$prompts" --count 64 --temperature 0.8 --top-p 0.95 --record "$results/bench_decode.jsonl"
+$run decode --prompts "$prompts" --count 128 --batch 4 16 64 --record "$results/bench_decode.jsonl"
+${PYTHON:-python} runs/host_profile.py --write "$results/host_calls.jsonl"
