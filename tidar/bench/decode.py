@@ -27,7 +27,7 @@ from tidar.model import CausalLM
 __all__ = ["Outcome", "methods", "run"]
 
 
-OTHERS = 3
+OTHERS = 2
 """Batches that other decoders are timed on."""
 
 
