@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": gpu,
         "cpu_threads": torch.get_num_threads(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -50,6 +50,13 @@ def record(path: Path, result: dict[str, Any]) -> dict[str, Any]:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
     return line
+
+
+def _command() -> str:
+    """As it was typed, but for the folder of a program that ran as a module."""
+    program, *words = sys.argv
+    ran = ["-m", Path(program).parent.name] if Path(program).name == "__main__.py" else [program]
+    return shlex.join([Path(sys.executable).name, *ran, *words])
 
 
 def _version(name: str) -> str | None:

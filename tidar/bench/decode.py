@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -144,7 +145,7 @@ def _line(
     step, ar_step = (sum(o.seconds) / sum(o.steps) for o in (mine, ar))
     rate, ar_rate = (sum(o.tokens) / sum(o.seconds) for o in (mine, ar))
     return {
-        "model": core.path,
+        "model": Path(core.path).name,
         "dtype": str(core.dtype).removeprefix("torch."),
         "method": name,
         "batch": batch,

@@ -6,6 +6,7 @@ Rows are at rest at the given prefix: a step does all its work and moves nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def run(
                 least = floor(engine.network.lean, shape, count, prefix, rate)
                 lines.append(
                     {
-                        "model": core.path,
+                        "model": Path(core.path).name,
                         "dtype": str(core.dtype).removeprefix("torch."),
                         "step": name,
                         "queries": shape.queries,
