@@ -22,7 +22,7 @@ from tidar.kernels import reference
 from tidar.kernels.workspace import Tiles, Workspace, own_keys, tiles, tune
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-from tidar.kernels import step_attention, write_kv  # noqa: E402
+from tidar.kernels import step_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = 200 if DEVICE == "cuda" else 2
@@ -376,25 +376,6 @@ def test_a_wrong_mask_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> 
 WRITTEN = ("k_new", "v_new", "k_pages", "v_pages", "block_table", "lengths")
 
 
-@pytest.mark.parametrize("page", [16, 64])
-@pytest.mark.parametrize("width", [64, 80])
-def test_write(page: int, width: int) -> None:
-    case = Case(causal=6, levels=(), block=0, lengths=(0, 13, 16, 64), heads=3, page=page, width=width)
-    given = case.tensors()
-    given["block_table"] = torch.randperm(len(given["k_pages"]))[: given["block_table"].numel()].int()
-    given["block_table"] = given["block_table"].view(4, -1).to(DEVICE)
-    given["lengths"][2] = given["block_table"].shape[1] * page - 2  # two slots left, four are wanted
-    counts = torch.tensor([6, 5, 4, 0], dtype=torch.int32, device=DEVICE)
-    plain = {n: given[n].clone() for n in WRITTEN}
-    reference.write_kv(**plain, counts=counts)
-    before = given["k_pages"].clone()
-    write_kv.write_kv(**{n: given[n] for n in WRITTEN}, counts=counts)
-    for name in WRITTEN:
-        torch.testing.assert_close(given[name], plain[name], rtol=0, atol=0, equal_nan=True)
-    changed = ~torch.isclose(before, given["k_pages"], equal_nan=True).all(-1).all(-1)
-    assert changed.sum() == 6 + 5 + 2
-
-
 def test_steps_and_writes_are_one_causal_text() -> None:
     """Five tokens one at a time, with a write in between, and in one forward of verification."""
     whole = Case(causal=5, levels=(), block=0, lengths=(14, 0))
@@ -412,7 +393,7 @@ def test_steps_and_writes_are_one_causal_text() -> None:
     for i in range(5):
         now = given | {n: given[n][:, i : i + 1] for n in ("q", "k_new", "v_new")}
         assert agree(computed(one, now), wanted[:, i : i + 1])
-        write_kv.write_kv(**{n: now[n] for n in WRITTEN}, counts=counts)
+        reference.write_kv(**{n: now[n] for n in WRITTEN}, counts=counts)
         lengths += 1
 
 
@@ -478,8 +459,6 @@ def test_mistakes(change: dict[str, Any], message: str) -> None:
         change = {"levels": given["levels"][:3]}
     with pytest.raises(TidarError, match=message):
         step_attention.attend(**(given | change))
-    with pytest.raises(TidarError, match="counts"):
-        write_kv.write_kv(**{n: given[n] for n in WRITTEN}, counts=torch.zeros(3))
     with pytest.raises(TidarError, match="powers of 2"):
         replace(case, tiles=Tiles(24, 16, 1, 4, 2)).workspace()
 

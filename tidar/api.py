@@ -15,6 +15,7 @@ from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
+from tidar.decode.planner import Acceptance as Seen
 from tidar.decode.planner import Times, few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning
 from tidar.decode.tidar import Acceptance, TidarDecoder
@@ -40,7 +41,8 @@ class Model:
 
     def __init__(self, core: CausalLM, *, fast: bool | None = None) -> None:
         self.core = core
-        self._times: dict[int, Times] = {}  # what steps take here, learned by `auto`
+        self._times: dict[int, Times] = {}  # what steps take here, and what drafts are worth, learned by `auto`
+        self._acceptance = Seen()
         why = "it was not asked for" if fast is False else obstacle(core)
         if fast and why is not None:
             raise TidarError(f"no fast path: {why}; leave it to choose by itself")
@@ -173,7 +175,7 @@ class Model:
         self, engine: Engine, method: Method, length: int, proposals: Sequence[int] | None
     ) -> Callable[[], Decoder]:
         if method == "auto":
-            return lambda: FastDecoder(engine, Planning(length, list(few(length))))
+            return lambda: FastDecoder(engine, Planning(length, list(few(length)), self._acceptance))
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
         chosen = check_proposals(length, all_proposals(length) if proposals is None else proposals)

@@ -17,7 +17,7 @@ import torch
 
 from tidar.config import SamplingParams
 from tidar.decode.base import Decoder
-from tidar.decode.planner import few
+from tidar.decode.planner import Acceptance, few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
 from tidar.fast import obstacle
@@ -54,7 +54,8 @@ def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
         else:
             name = f"tidar k={plan.draft_len}, {len(plan.proposals)} proposals"
             found[name] = lambda n=plan.draft_len, p=plan.proposals: Fixed(n, p)  # type: ignore[misc]
-    found["auto"] = lambda: Planning(k, list(few(k)))
+    seen = Acceptance()  # as decoders of one model share it
+    found["auto"] = lambda: Planning(k, list(few(k)), seen)
     return found
 
 

@@ -131,18 +131,25 @@ def tokens_per_step(plan: Plan, rates: NDArray[np.float64]) -> float:
     survive = np.cumprod(rates[:k])
     if plan.method == "linear":
         return (float(survive.sum()) + 1) / 2  # the drafting step makes one token certain too
-    # State: offsets that the drafts lie behind, 0 … k-1; at k-1 there are no drafts.
-    moves, yields = np.zeros((k, k)), np.zeros(k)
-    for behind in range(k):
-        count = k - 1 - behind
-        chain = np.concatenate([[1.0], np.cumprod(rates[behind + 1 : behind + 1 + count])])
-        exactly = chain - np.append(chain[1:], 0.0)  # n = 1 … count + 1 drafts stand
-        for n, chance in enumerate(exactly, 1):
-            level = max((j for j in plan.proposals if j <= n), default=None)
-            moves[behind, k - 1 if level is None else min(n - level, k - 1)] += chance
-        yields[behind] = chain.sum()
+    # State: offsets that the drafts lie behind, 0 … k-1; at k-1 there are no drafts. Row b, column n of `chain`: the
+    # chance that more than n drafts stand.
+    ahead = np.add.outer(np.arange(k), np.arange(1, k + 1))
+    chain = np.cumprod(np.where(ahead < k, rates[np.minimum(ahead, k - 1)], 0.0), axis=1)
+    chain = np.concatenate([np.ones((k, 1)), chain], axis=1)
+    moves = (chain[:, :-1] - chain[:, 1:]) @ _moves(plan)
     share = np.linalg.matrix_power((moves + np.eye(k)) / 2, 256)[0]  # from the prefill's; lazy, so no cycles
-    return float(share @ yields)
+    return float(share @ chain.sum(1))
+
+
+@cache
+def _moves(plan: Plan) -> NDArray[np.float64]:
+    """(k, k): where the drafts lie behind next (column) if exactly n = 1 … k stand (row)."""
+    k = plan.draft_len
+    made = np.zeros((k, k))
+    for n in range(1, k + 1):
+        level = max((j for j in plan.proposals if j <= n), default=None)
+        made[n - 1, k - 1 if level is None else min(n - level, k - 1)] = 1
+    return made
 
 
 class Clock(Protocol):

@@ -12,8 +12,8 @@ from tidar.decode.planner import AR, Acceptance, Clock, Plan, best, candidates
 
 __all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy", "Shape", "shapes"]
 
-REPLAN = 8
-"""Steps between two looks at the plan."""
+REPLAN = 16
+"""Steps between two looks at the plan; a look takes the host about as long as a step of a small model the GPU."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
 
@@ -122,6 +122,7 @@ class Planning:
     Args:
         draft_len: the longest draft.
         plans: what to choose from; `candidates` by default.
+        acceptance: what was seen before, by decoders of the same model; it is added to.
 
     Attributes:
         plan: the one that steps follow now.
@@ -131,9 +132,11 @@ class Planning:
 
     times: Clock
 
-    def __init__(self, draft_len: int, plans: Sequence[Plan] | None = None) -> None:
+    def __init__(
+        self, draft_len: int, plans: Sequence[Plan] | None = None, acceptance: Acceptance | None = None
+    ) -> None:
         self.plan = AR
-        self.acceptance = Acceptance()
+        self.acceptance = Acceptance() if acceptance is None else acceptance
         self._draft_len = draft_len
         self._plans = list(candidates(draft_len) if plans is None else plans)
         self._steps = self._idle = 0

@@ -91,7 +91,7 @@ def write_kv(
     lengths: Tensor,
     counts: Tensor,
 ) -> None:
-    """Write a step's keys and values behind the prefix; arguments as `tidar.kernels.step_attention.write_kv`."""
+    """Write the first ``counts[b]`` of a step's keys and values (B, L, Hk, D) behind row b's prefix; lengths stay."""
     check_pages(k_new, v_new, k_pages, v_pages, block_table, lengths)
     size = k_pages.shape[1]
     for b, (length, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
