@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runs import humaneval_exact, plot_training, quality, tokens_per_forward
+from runs import humaneval_exact, plot_bench, plot_training, quality, tokens_per_forward
 from runs.tokens_per_forward import Output
 from tidar.api import Model
 from tidar.data.cache import CacheWriter, TokenCache
@@ -271,3 +271,63 @@ def test_plot_training(tmp_path: Path) -> None:
     (tmp_path / "base.jsonl").write_text('{"step": 1, "tokens": 5}\n')
     with pytest.raises(TidarError, match="has no validation"):
         plot_training.main([*words, "--out", str(tmp_path / "three.svg")])
+
+
+# speeds
+
+
+def timed(method: str, speedup: float, *, day: int = 1, **more: Any) -> dict[str, Any]:
+    line = {
+        **{"model": "python-17m", "dtype": "bfloat16", "method": method, "batch": 1, "sampling": {}, "prompts": 8},
+        **{"tokens_per_second": 5000 * speedup, "speedup": speedup, "speedup_95": [0.9 * speedup, 1.1 * speedup]},
+        **{"tokens_per_step": 2.0, "milliseconds_per_step": 0.25, "identical_to_ar": "7/8"},
+    }
+    return {**line, **more, "provenance": {"date": f"2026-01-0{day}T00:00:00+00:00"}}
+
+
+def stepped(model: str, step: str, queries: int, milliseconds: float, *, day: int = 1, **more: Any) -> dict[str, Any]:
+    line = {
+        **{"model": model, "dtype": "bfloat16", "step": step, "queries": queries, "batch": 1, "prefix": 64},
+        **{"sampled": False, "milliseconds": milliseconds, "floor_milliseconds": 0.5, "floor": {"bound": "memory"}},
+        **{"share": 0.5 / milliseconds, "over_ar": milliseconds},
+    }
+    return {**line, **more, "provenance": {"date": f"2026-01-0{day}T00:00:00+00:00"}}
+
+
+def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [stepped("large", "ar", 1, 4.0, day=2), stepped("large", "ar", 1, 9.0), stepped("large", "tidar", 20, 8.0)]
+    steps += [stepped("python-17m", name, n, 1.0 + n) for name, n in (("tidar", 20), ("draft", 5), ("ar", 1))]
+    steps += [stepped("large", "ar", 1, 77.0, sampled=True), stepped("large", "ar", 1, 78.0, batch=4)]
+    hot: dict[str, Any] = {"sampling": {"temperature": 0.8, "top_p": 0.95}}
+    decoding = [timed("ar", 1.0), timed("tidar k=4", 2.0), timed("tidar k=4", 2.5), timed("auto", 3.0)]
+    decoding += [timed("prompt lookup", 0.02, prompts=2), timed("ar", 1.0, **hot), timed("tidar k=4", 1.5, **hot)]
+    decoding += [timed("ar", 1.0, batch=4), timed("tidar k=4", 1.25, batch=4), timed("ar", 1.0, model="other")]
+    words = []
+    for name, lines in (("step", steps), ("decode", decoding)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        words += [f"--{name}", str(path)]
+
+    drawn = []
+    for name in ("one", "two"):
+        plot_bench.main([*words, "--out", str(tmp_path / "new" / f"{name}.png"), "--tables"])
+        drawn.append((tmp_path / "new" / f"{name}.png").read_bytes())
+    assert drawn[0] == drawn[1] and drawn[0].startswith(b"\x89PNG") and len(drawn[0]) < 120_000
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["one.png", "two.png"]
+
+    printed = capsys.readouterr().out
+    assert "| ar | 1 | 4.000 | 0.500, memory | 12.5 % | 4.00 |" in printed  # the newest, though it stands first
+    assert not any(f"{wrong}.000" in printed for wrong in (9, 77, 78))
+    assert "| tidar k=4 | 12,500 | 2.50x | 2.25–2.75 | 2.00 | 0.250 | 7/8 |" in printed  # of one day, the last
+    assert "| prompt lookup | 100 | 0.020x | 0.018–0.022 |  |  | 7/8 |" in printed
+    assert "batch 1, T = 0.8, top-p 0.95" in printed
+    assert "| tidar k=4 | 6,250, 1.25x (1.12–1.38) |" in printed
+    kept = plot_bench.newest(tmp_path / "decode.jsonl", plot_bench.DECODE)
+    shown = plot_bench.against_ar(plot_bench.by_sampling(kept, 1)["greedy"])
+    assert [(line["method"], line["speedup"]) for line in shown] == [("auto", 3.0), ("tidar k=4", 2.5)]
+
+    (tmp_path / "step.jsonl").write_text("")
+    with pytest.raises(TidarError, match="is empty"):
+        plot_bench.main([*words, "--out", str(tmp_path / "three.png")])
+    done = script("plot_bench.py", "--step", str(tmp_path / "none.jsonl"))
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and done.stderr.count("\n") == 1

@@ -1,0 +1,224 @@
+"""Draw what `tidar bench` recorded: steps against their floors, and the speed-up of whole decoding by method.
+
+    python runs/plot_bench.py [--step FILE] [--decode FILE] [--out docs/figures/bench.png] [--tables]
+
+Of every configuration the newest line counts. The left panel shows single rows, greedy, of all models; the right one
+the reference checkpoint at batch 1, the methods that were timed on as many prompts as AR. With --tables the tables of
+docs/benchmarks.md are printed as well, baselines and batches included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tidar.errors import TidarError
+
+ROOT = Path(__file__).resolve().parent.parent
+GREY, BLUE, ORANGE, GREEN = "#8c8c8c", "#1f5fa8", "#d9822b", "#3a7d44"
+REFERENCE = "python-17m"
+STEP = ("model", "dtype", "step", "batch", "prefix", "sampled")
+DECODE = ("model", "dtype", "method", "batch", "sampling")
+
+Line = dict[str, Any]
+
+
+def newest(path: Path, keys: Sequence[str]) -> list[Line]:
+    """The newest line of each configuration, in the order in which configurations first appear.
+
+    Args:
+        path: a file that `tidar bench --record` wrote.
+        keys: what tells configurations apart.
+
+    Raises:
+        TidarError: no such file, or lines in it that are something else.
+    """
+    found: dict[str, Line] = {}
+    try:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            key = json.dumps([line[each] for each in keys], sort_keys=True)
+            if key not in found or line["provenance"]["date"] >= found[key]["provenance"]["date"]:
+                found[key] = line
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TidarError(f"cannot read {path} ({error!r}): name a file that `tidar bench --record` wrote") from error
+    if not found:
+        raise TidarError(f"{path} is empty: measure with runs/bench.sh first")
+    return list(found.values())
+
+
+def series(steps: Sequence[Line]) -> dict[str, list[Line]]:
+    """Single greedy rows, by model and prefix, in the order of their queries; the slowest model first."""
+    found: dict[str, list[Line]] = {}
+    for line in sorted(steps, key=lambda line: line["queries"]):
+        if line["batch"] == 1 and not line["sampled"]:
+            found.setdefault(f"{line['model']}, prefix {line['prefix']}", []).append(line)
+    return dict(sorted(found.items(), key=lambda each: -each[1][-1]["milliseconds"]))
+
+
+def by_sampling(decoding: Sequence[Line], batch: int) -> dict[str, list[Line]]:
+    """Lines of the reference checkpoint at a batch, under ``greedy`` or the sampling's name."""
+    found: dict[str, list[Line]] = {}
+    for line in decoding:
+        if line["model"] == REFERENCE and line["batch"] == batch:
+            sampling = line["sampling"]
+            name = f"T = {sampling['temperature']}, top-p {sampling['top_p']}" if sampling else "greedy"
+            found.setdefault(name, []).append(line)
+    return found
+
+
+def against_ar(lines: Sequence[Line]) -> list[Line]:
+    """The methods that were timed on as many prompts as AR, without AR itself, the best first."""
+    prompts = {line["prompts"] for line in lines if line["method"] == "ar"}
+    kept = [line for line in lines if line["method"] != "ar" and line["prompts"] in prompts]
+    return sorted(kept, key=lambda line: -line["speedup"])
+
+
+def draw(steps: Sequence[Line], decoding: Sequence[Line], out: Path) -> None:
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", width_ratios=(1.25, 1))
+    curves = series(steps)
+    for colour, (label, lines) in zip((GREEN, ORANGE, BLUE, GREY) * len(curves), curves.items(), strict=False):
+        whole = [line for line in lines if line["step"] != "draft"]
+        for drawn, key, style in ((whole, "milliseconds", "-"), (lines, "floor_milliseconds", ":")):
+            left.plot([line["queries"] for line in drawn], [line[key] for line in drawn], color=colour, linestyle=style)
+        for line in lines:
+            face = "white" if line["step"] == "draft" else colour
+            left.plot(line["queries"], line["milliseconds"], marker="o", markersize=5, color=colour, mfc=face)
+        end = whole[-1]["queries"], whole[-1]["milliseconds"]
+        left.annotate(
+            label.replace(", ", "\n"), end, (8, 0), textcoords="offset points", color=colour, fontsize=9, va="center"
+        )
+    left.set_yscale("log")
+    left.set(
+        xlabel="queries of the step",
+        ylabel="milliseconds",
+        title="One step of one row, bf16",
+        xlim=(-6, 1.3 * left.get_xlim()[1]),
+    )
+    longest = max((lines[-1]["queries"] for lines in curves.values()), default=1)
+    left.set_xticks([1, *range(64, longest + 1, 64)])
+    left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    legend: tuple[dict[str, Any], ...] = (
+        {"marker": "o", "label": "AR (1 query), check (16), check and draft (more)"},
+        {"marker": "o", "linestyle": "", "mfc": "white", "label": "drafting step of two-forward decoding"},
+        {"linestyle": ":", "label": "floor: bytes or operations at this GPU's measured rates"},
+    )
+    marks = [Line2D([], [], color=GREY, markersize=5, **each) for each in legend]
+    left.legend(handles=marks, frameon=False, fontsize=8, loc=(0.02, 0.14))
+
+    groups = {name: against_ar(lines) for name, lines in by_sampling(decoding, 1).items()}
+    order = list(dict.fromkeys(line["method"] for lines in groups.values() for line in lines))
+    for place, (colour, (name, lines)) in enumerate(zip((BLUE, ORANGE, GREEN) * 3, groups.items(), strict=False)):
+        for line in lines:
+            height = order.index(line["method"]) + (place - (len(groups) - 1) / 2) * 0.3
+            low, high = line["speedup_95"]
+            right.plot([low, high], [height, height], color=colour, linewidth=2, alpha=0.6, solid_capstyle="butt")
+            right.plot(line["speedup"], height, marker="o", markersize=5, color=colour)
+        right.plot([], [], color=colour, marker="o", markersize=5, label=name)
+    right.axvline(1, color=GREY, linestyle="--", linewidth=1)
+    right.set_yticks(range(len(order)), order)
+    right.invert_yaxis()
+    right.set_xlim(0, None)
+    right.set(xlabel="tokens/s over AR's, with 95 % intervals", title=f"Decoding, {REFERENCE}, batch 1, bf16")
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    figure.savefig(part, format="png", dpi=120, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    pyplot.close(figure)
+    os.replace(part, out)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n"
+
+
+def speedup(line: Line) -> tuple[str, str]:
+    """Speed-up and its interval; three digits where it is tiny."""
+    digits = 3 if line["speedup"] < 0.1 else 2
+    return f"{line['speedup']:.{digits}f}x", "–".join(f"{end:.{digits}f}" for end in line["speedup_95"])
+
+
+def _cell(line: Line) -> str:
+    over, interval = speedup(line)
+    return f"{line['tokens_per_second']:,.0f}, {over} ({interval})"
+
+
+def tables(steps: Sequence[Line], decoding: Sequence[Line]) -> Iterator[str]:
+    """Markdown, each table behind a line that names it: steps, decoding at batch 1, greedy decoding in batches."""
+    rows: list[tuple[Any, ...]]
+    for name, lines in reversed(series(steps).items()):
+        rows = [
+            (
+                line["step"],
+                line["queries"],
+                f"{line['milliseconds']:.3f}",
+                f"{line['floor_milliseconds']:.3f}, {line['floor']['bound']}",
+                f"{100 * line['share']:.1f} %",
+                f"{line['over_ar']:.2f}",
+            )
+            for line in lines
+        ]
+        yield f"{name}\n\n" + table(("step", "queries", "ms", "floor, ms", "floor / time", "over AR"), rows)
+    for name, lines in by_sampling(decoding, 1).items():
+        rows = []
+        for line in lines:
+            # transformers does not tell how many forwards prompt lookup took
+            told = "lookup" not in line["method"]
+            per_step = f"{line['tokens_per_step']:.2f}", f"{line['milliseconds_per_step']:.3f}"
+            rate = f"{line['tokens_per_second']:,.0f}"
+            rows.append(
+                (line["method"], rate, *speedup(line), *(per_step if told else ("", "")), line["identical_to_ar"])
+            )
+        head = ("method", "tokens/s", "over AR", "95 %", "tokens a step", "ms a step", "same as AR")
+        yield f"batch 1, {name}\n\n" + table(head, rows)
+    batches = sorted({line["batch"] for line in decoding} - {1})
+    columns = {b: {line["method"]: line for line in by_sampling(decoding, b).get("greedy", [])} for b in batches}
+    methods = list(dict.fromkeys(method for found in columns.values() for method in found))
+    if not methods:
+        return
+    rows = []
+    for method in methods:
+        cells = [_cell(found[method]) if method in found else "" for found in columns.values()]
+        rows.append((method, *cells))
+    yield "batches, greedy\n\n" + table(("method", *(f"batch {b}: tokens/s, over AR (95 %)" for b in batches)), rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("step", "decode"):
+        parser.add_argument(f"--{name}", type=Path, default=ROOT / "results" / f"bench_{name}.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "bench.png")
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args(argv)
+    matplotlib.use("agg")
+    matplotlib.rcParams.update({"font.family": "sans-serif"})
+    steps, decoding = newest(args.step, STEP), newest(args.decode, DECODE)
+    draw(steps, decoding, args.out)
+    if args.tables:
+        print("\n".join(tables(steps, decoding)))
+    print(f"{args.out}, {args.out.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TidarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
