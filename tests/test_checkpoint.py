@@ -264,3 +264,17 @@ def test_a_full_disk_leaves_nothing_half_written(plain: Path, tmp_path: Path, mo
         save_model(model, tmp_path / "room" / "out")
     assert list((tmp_path / "room").iterdir()) == []
     shutil.rmtree(tmp_path / "room")
+
+
+def test_too_large_a_model_is_told_what_fits(converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = converted("llama")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (22_000_000_000, 0))
+    with pytest.raises(TidarError, match=r"has 20.5 GiB free: in bfloat16 its 0.0 GiB would fit"):
+        load_model(folder, dtype="float32")
+    with pytest.raises(TidarError, match=r"in bfloat16 about 10.0 billion parameters would fit"):
+        load_model(folder, dtype="bfloat16")

@@ -76,13 +76,21 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
     try:
         hf = hf.to(target).eval()
     except torch.OutOfMemoryError:
-        size = sum(p.numel() * p.element_size() for p in hf.parameters()) / 2**30
-        raise TidarError(f"{name} needs {size:.1f} GiB, more than {target} has free; try a smaller dtype") from None
+        raise TidarError(_what_fits(name, hf.num_parameters(), hf.dtype.itemsize, target)) from None
     model = CausalLM(hf, tokenizer, name)
     if model.spec is not None and model.spec.transition:
         _guarded(name, local, lambda: _load_transition(model, name))
     model.probe()
     return model
+
+
+def _what_fits(name: str, parameters: int, itemsize: int, device: torch.device) -> str:
+    """What a model that was too large for ``device`` needs, and what there is."""
+    free = torch.cuda.mem_get_info(device)[0]
+    needs = f"{name} needs {parameters * itemsize / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: "
+    if itemsize > 2 and 1.1 * parameters * 2 < free:
+        return needs + f"in bfloat16 its {parameters * 2 / 2**30:.1f} GiB would fit"
+    return needs + f"in bfloat16 about {free / 2.2e9:.1f} billion parameters would fit"
 
 
 def _load_transition(model: CausalLM, name: str) -> None:

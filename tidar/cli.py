@@ -48,12 +48,14 @@ class Checkpoint:
     """By default cuda where there is one, else cpu."""
     dtype: Annotated[str | None, arg(metavar="float32|bfloat16|float16|float64")] = None
     """By default float32 on cpu and the checkpoint's own elsewhere."""
+    plain: bool = False
+    """On a GPU, decode without captured steps: slower, the same text."""
 
     def load(self) -> Model:
         from tidar.api import load
 
         _quiet()
-        return load(self.model, device=self.device, dtype=self.dtype)
+        return load(self.model, device=self.device, dtype=self.dtype, fast=False if self.plain else None)
 
 
 @dataclass(frozen=True, kw_only=True)
