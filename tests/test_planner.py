@@ -14,8 +14,8 @@ from tidar.api import Model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.planned import PlannedDecoder, measure
-from tidar.decode.planner import AR, DOUBT, Acceptance, Plan, Times, best, candidates, tokens_per_step
-from tidar.decode.policy import Planning, Shape
+from tidar.decode.planner import AR, DOUBT, Acceptance, Measured, Plan, Times, best, candidates, few, tokens_per_step
+from tidar.decode.policy import Planning, Shape, shapes
 from tidar.errors import TidarError
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
@@ -173,8 +173,28 @@ def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPat
     generation.generate(qwen3.core, PROMPTS[:1], params, lambda: slow, 1)
     assert slow.policy.plan == AR
     last = shapes[-140:]
-    assert Shape(1, (1,), 4) in last, "it asks again whether drafts have become better"
+    probe = last.index(Shape(1, (1,), 4))
+    assert last[probe + 1] == Shape(4, (), 4), "it asks again whether drafts have become better, and looks"
     assert last.count(Shape(1, (), 1)) > 0.9 * len(last)
+
+
+def test_only_what_is_ready_is_asked_for() -> None:
+    """A change of plan goes through steps that were measured, whatever drafts are at hand."""
+    plans = list(few(16))
+    ready = {shape for plan in plans for shape in shapes(plan)} | {Shape(1, (1,), k) for k in (16, 8, 4)}
+    policy = Planning(16, plans)
+    policy.open(1)
+    policy.begin(lambda _: Measured({shape.queries: 1.0 for shape in ready}, ready))
+    chance, held, taken = random.Random(0), 16, set()
+    for _ in range(600):
+        policy.plan = chance.choice(plans)
+        for _ in range(3):
+            shape = policy.shape(held)
+            assert shape in ready and shape.drafts <= held
+            policy.learn(shape, [chance.randint(1, shape.drafts)])
+            held = shape.masks if shape.proposals else 1
+            taken.add(shape)
+    assert taken == ready
 
 
 def test_measured_times_are_usable(qwen3: Model) -> None:

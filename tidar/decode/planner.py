@@ -12,7 +12,7 @@ drafts are 1 … M-1. Behind a pruned proposal only the tail of a lower one is l
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -167,16 +167,24 @@ class Clock(Protocol):
         """It was measured, and not only supposed."""
         ...
 
+    def ready(self, shape: Hashable) -> bool:
+        """A step of this `tidar.decode.policy.Shape` can be taken at once."""
+        ...
+
 
 class Measured:
     """A `Clock` of times that were measured with care beforehand, and are not learned from.
 
     Args:
         seconds: of a step, by its queries.
+        shapes: of steps that are ready; others would have to be compiled first.
     """
 
-    def __init__(self, seconds: Mapping[int, float]) -> None:
-        self._seconds = dict(seconds)
+    def __init__(self, seconds: Mapping[int, float], shapes: Iterable[Hashable]) -> None:
+        self._seconds, self._shapes = dict(seconds), frozenset(shapes)
+
+    def ready(self, shape: Hashable) -> bool:
+        return shape in self._shapes
 
     def __call__(self, queries: int) -> float:
         # What was not measured is the nearest larger step, or hopeless.
@@ -217,6 +225,9 @@ class Times:
             if self.sure_of(queries)
             else DOUBT * self._line(queries) * median(self._stretch)
         )
+
+    def ready(self, shape: Hashable) -> bool:
+        return True
 
     def sure_of(self, queries: int) -> bool:
         """Steps of so many queries have been seen often enough."""

@@ -33,11 +33,15 @@ class Shape(NamedTuple):
         return self.drafts + len(self.proposals) * self.masks
 
 
+SINGLE = Shape(1, (), 1)
+"""An autoregressive step."""
+
+
 def shapes(plan: Plan) -> list[Shape]:
     """Of the steps that a plan goes round in, in the order of `Plan.queries`."""
     k = plan.draft_len
     if plan.method == "ar" or k == 1:
-        return [Shape(1, (), 1)]
+        return [SINGLE]
     if plan.method == "linear":
         return [Shape(k, (), k), Shape(1, (1,), k)]
     return [Shape(k, plan.proposals, k)]
@@ -152,12 +156,19 @@ class Planning:
         self._replan()
 
     def shape(self, held: int) -> Shape:
+        wanted = self._wanted(held)
+        # After a change of plan the drafts at hand may be too few for what is ready: then they are dropped.
+        return wanted if self.times.ready(wanted) else SINGLE
+
+    def _wanted(self, held: int) -> Shape:
         plan = self.plan
         if not self.times.sure_of(1):  # what everything is compared with
-            return Shape(1, (), 1)
+            return SINGLE
         if plan.method == "ar":
+            if held > 1:  # of the plan before, or to see whether drafts have become better
+                return Shape(held, (), held)
             probing = self._idle >= PROBE and self._draft_len > 1
-            return Shape(1, (1,), self._draft_len) if probing else Shape(1, (), 1)
+            return Shape(1, (1,), self._draft_len) if probing else SINGLE
         k = min(plan.draft_len, held)
         if k == 1:  # nothing is drafted
             return Shape(1, (1,), plan.draft_len)

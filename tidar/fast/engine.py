@@ -149,7 +149,9 @@ class Engine:
         """What steps of these plans take for these rows, with the prefixes they will have halfway; measured once."""
         halfway = (slots.lengths + slots.limits) // 2
         prefix = max(LEAST_PREFIX, 1 << int(halfway.max()).bit_length())
-        every = {shape.queries: shape for plan in plans for shape in shapes(plan)}
+        # And the steps by which a plan begins without drafts.
+        first = [Shape(1, (1,), plan.draft_len) for plan in plans if plan.draft_len > 1]
+        every = {shape.queries: shape for shape in [*first, *(shape for plan in plans for shape in shapes(plan))]}
         key = f"{slots.rows} rows, prefix {prefix}, {flags}"
         known = self.latency.get(key)
         if any(queries not in known for queries in every):
@@ -161,7 +163,7 @@ class Engine:
                 calls = [self.step(slots, shape, flags) for shape in every.values()]
                 known = dict(zip(every, self.latency.measure(calls), strict=True))
             self.latency.keep(key, known)
-        return Measured(known)
+        return Measured(known, every.values())
 
     def prefill(self, slots: Slots, prompts: Sequence[Sequence[int]], masks: int, flags: Flags) -> tuple[Tensor, int]:
         """Compute the prompts, each alone; leave certain token and drafts in ``slots``.
