@@ -127,6 +127,16 @@ def test_twin_is_the_transition(options: dict[str, float], converted: Callable[[
 
 # --- the kernel against the twin ---
 
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the others are there")
+def test_a_word_that_never_comes_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that run one after another: the first waits for what the second has not said."""
+    monkeypatch.setattr(chain, "PATIENCE", triton.language.constexpr(3))
+    case = Case(programs=2)
+    drafts = computed(case, case.tensors(0))
+    assert ((drafts >= 0) & (drafts < case.vocab)).all()
+
+
 CASES = {
     "one row": Case(rows=1),
     "one row, one place": Case(rows=1, places=1),

@@ -17,7 +17,6 @@ from tidar.config import SamplingParams
 from tidar.decode.base import PREFILL_PIECE
 from tidar.decode.planner import Clock, Measured, Plan
 from tidar.decode.policy import Shape, shapes
-from tidar.errors import TidarError
 from tidar.fast import ops
 from tidar.fast.latency import Latency
 from tidar.fast.lean import LeanModel
@@ -228,9 +227,3 @@ class Engine:
         )
         x = network.hidden(tokens.to(device), layout, slots)
         return torch.cat([x[count - 1 : count], x[size:]])
-
-
-def supported(draft_len: int) -> None:
-    """`TidarError` for a draft longer than `MOST`."""
-    if draft_len > MOST:
-        raise TidarError(f"draft length {draft_len} is more than the {MOST} of the fast path")

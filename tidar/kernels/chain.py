@@ -13,7 +13,8 @@ graph. A program reads that parity off a word of its own and takes the other one
 in the words of all. Nothing is ever cleared.
 
 Waiting for one another is safe only if all programs run at once: the launch is cooperative, so the driver starts all
-of them together or refuses. `tidar.kernels.reference_chain` is the plain twin.
+of them together or refuses. Should a word never come all the same, a program goes on without it after a while.
+`tidar.kernels.reference_chain` is the plain twin.
 
 Legend: B rows, R drafts, V vocabulary, W width of the transition.
 """
@@ -39,7 +40,6 @@ LEAST = tl.constexpr(-(2**63))  # below the word of any token, even of score -in
 PATIENCE = tl.constexpr(1 << 14)
 """Looks at the others' words, about 10 ms, before a program goes on without them: a wrong draft is only rejected, where
 a wait without end would stop the GPU."""
-COOPERATIVE = True
 HELD = 128 * 1024
 """Bytes of the table that a program may hold: of the 227 KiB of shared memory that a multiprocessor has for it."""
 
@@ -261,6 +261,6 @@ def chain(
         *base.stride()[:2], *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(),
         BATCH=rows, PLACES=places, VOCAB=vocab, W=width, SAMPLING=sampling, ROWS=exchange.rows, TILE=tile,
         WIDTH=padded, PROGRAMS=words.shape[2], SLOTS=power_of_2(words.shape[2]),
-        num_warps=exchange.warps or warps(tile * padded), num_stages=1, launch_cooperative_grid=COOPERATIVE,
+        num_warps=exchange.warps or warps(tile * padded), num_stages=1, launch_cooperative_grid=True,
     )  # fmt: skip
     return out
