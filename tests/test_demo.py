@@ -50,9 +50,26 @@ def test_takes_the_fastest_and_counts_the_median(qwen3: Model, monkeypatch: pyte
     assert (ar.tokens_per_forward, fast.tokens_per_forward) == (1.0, 2.5)
 
 
-def test_candidates_stay_within_what_was_trained() -> None:
-    for longest in (1, 2, 5, 8, 16, 20):
-        found = list(demo.candidates(longest))
+def test_where_steps_are_captured_each_is_compiled_first(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def timed(*args: object) -> tuple[Completion, float]:
+        assert isinstance(args[2], SamplingParams)
+        lengths.append(args[2].max_new_tokens)
+        return Completion(prompt_tokens=1, token_ids=[1]), 1.0
+
+    monkeypatch.setattr(demo, "_timed", timed)
+    monkeypatch.setattr(Model, "fast", True)
+    demo.fastest(qwen3)
+    few = len(list(demo.candidates(16, captured=True)))
+    assert lengths[: few + 1] == [2] * few + [demo.HEATS[0]]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_candidates_stay_within_what_was_trained(captured: bool) -> None:
+    for longest in (1, 2, 5, 8, 16, 20)[captured:]:
+        found = list(demo.candidates(longest, captured=captured))
+        assert len(found) <= (6 if captured else 30)
         assert len(set(found)) == len(found)
         assert max(d.draft_len for d in found) == longest
         assert all(max(d.proposals) <= d.draft_len for d in found)

@@ -49,6 +49,11 @@ class Model:
         self._engine = Engine(core) if why is None else None
 
     @property
+    def fast(self) -> bool:
+        """It decodes with captured steps (`tidar.fast`) where a request allows it."""
+        return self._engine is not None
+
+    @property
     def draft_len(self) -> int:
         """The draft length used when none is given: the longest trained."""
         trained = self.core.spec.block_sizes if self.core.spec else ()

@@ -21,6 +21,7 @@ from rich.text import Text
 from tidar.api import Method, Model
 from tidar.config import SamplingParams
 from tidar.decode.generation import Completion
+from tidar.decode.planner import few
 from tidar.terminal import Shown, show
 
 __all__ = ["run"]
@@ -157,11 +158,17 @@ def run(
     return numbers
 
 
-def candidates(longest: int) -> Iterator[Drafting]:
+def candidates(longest: int, *, captured: bool = False) -> Iterator[Drafting]:
     """Draft lengths up to ``longest``, each with all proposals or with a few.
 
-    Every proposal costs k queries: free on a GPU, dear on a CPU.
+    Every proposal costs k queries: nearly free on a GPU, dear on a CPU. Where steps are captured each kind of step has
+    to be compiled first, so there are few.
     """
+    if captured:
+        for plan in few(longest):
+            if plan.method == "tidar":
+                yield Drafting(draft_len=plan.draft_len, proposals=plan.proposals)
+        return
     for k in sorted({k for k in (2, 3, 4, 6, 8, 12, 16) if k <= longest} | {longest}):
         if k <= 8:
             yield Drafting(draft_len=k, proposals=tuple(range(1, k + 1)))
@@ -175,7 +182,10 @@ def fastest(model: Model) -> Drafting:
     """The candidate with the most tokens a second on the trial prompts."""
     for method in METHODS:  # warms up
         model.generate(TRIAL_PROMPTS[0], SamplingParams(max_new_tokens=16), method=method)
-    field = list(candidates(model.draft_len))
+    field = list(candidates(model.draft_len, captured=model.fast))
+    if model.fast:
+        for drafting in field:
+            _timed(model, TRIAL_PROMPTS[0], SamplingParams(max_new_tokens=2), "tidar", drafting)  # compiles
     for tokens in HEATS:
         params = SamplingParams(max_new_tokens=tokens)
 
