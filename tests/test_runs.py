@@ -331,3 +331,17 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         plot_bench.main([*words, "--out", str(tmp_path / "three.png")])
     done = script("plot_bench.py", "--step", str(tmp_path / "none.jsonl"))
     assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and done.stderr.count("\n") == 1
+
+
+def test_tuning_covers_the_products_and_the_attention_of_a_step() -> None:
+    """What can be said without a GPU: every case has candidates, the default among the first, none of them twice."""
+    from runs import tune_kernels
+
+    wanted = list(tune_kernels.cases(["17m", "1.5b", "8b"]))
+    assert len(wanted) == len(set(wanted)) == 3 * (4 * 4 + 2 + 4)
+    for case in wanted:
+        tried = tune_kernels.cuts(case)
+        assert len(tried) == len(set(tried)) > 5
+        assert tune_kernels._default(case) in tried[:2]
+    done = script("tune_kernels.py")
+    assert torch.cuda.is_available() or (done.returncode == 2 and "there is no GPU here" in done.stderr)
