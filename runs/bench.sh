@@ -1,6 +1,6 @@
 #!/bin/sh
 # Every published speed on a GPU: steps against their floors, decoding by method on held-out files, and what the host
-# asks of the GPU meanwhile. On one NVIDIA H200 about four minutes once kernels are compiled.
+# asks of the GPU meanwhile. On one NVIDIA H200 some minutes once kernels are compiled.
 #   runs/bench.sh [RESULTS]        PYTHON=python3 to choose another interpreter
 set -eu
 cd "$(dirname "$0")/.."
@@ -20,4 +20,5 @@ $run step --size qwen3-8b --record "$results/bench_step.jsonl"
 $run decode --prompts "$prompts" --count 64 --baselines --record "$results/bench_decode.jsonl"
 $run decode --prompts "$prompts" --count 64 --temperature 0.8 --top-p 0.95 --record "$results/bench_decode.jsonl"
 $run decode --prompts "$prompts" --count 128 --batch 4 16 64 --record "$results/bench_decode.jsonl"
+$run step --size qwen3-32b --parts --prefix 1024 2048 4096 --record "$results/bench_parts.jsonl"
 ${PYTHON:-python} runs/host_profile.py --write "$results/host_calls.jsonl"

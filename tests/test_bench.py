@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tidar.api import Model
-from tidar.bench import baselines, decode, floors, report, step
+from tidar.bench import baselines, decode, floors, parts, report, step
 from tidar.bench.floors import Rates, floor
 from tidar.checkpoint import load_model
 from tidar.cli import main
@@ -26,7 +26,7 @@ RATE = Rates(bandwidth=4e12, matmul=8e14)
 @pytest.fixture
 def core(converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CausalLM:
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path / "cache"))
-    for module in (decode, step):
+    for module in (decode, parts, step):
         monkeypatch.setattr(module, "obstacle", lambda _: None)
         monkeypatch.setattr(module, "Engine", lambda core: Engine(core, plain=True))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -35,6 +35,7 @@ def core(converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_
         return [1e-3 * (1 + number) for number, call in enumerate(calls) if call() is None]
 
     monkeypatch.setattr(step, "interleaved", timed)
+    monkeypatch.setattr(parts, "interleaved", timed)
     monkeypatch.setattr(step, "rates", lambda _: RATE)
     return load_model(converted("qwen3"), dtype="float32")
 
@@ -64,6 +65,14 @@ def test_steps(core: CausalLM, capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert json.loads(shown[-1])["lines"] == lines
     kept = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert len(kept) == len(lines) and "revision" in kept[0]["provenance"]
+
+
+def test_parts(core: CausalLM, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = parts.run(core, prefixes=(8, 70), queries=(1, 5))
+    assert [(line["prefix"], line["queries"]) for line in lines] == [(8, 1), (8, 5), (70, 1), (70, 5)]
+    assert [lines[0][f"{part}_milliseconds"] for part in ("total", "attention", "mlp")] == [1, 2, 3]
+    report.parts(lines, None)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["lines"] == lines
 
 
 @pytest.mark.parametrize("sampling", [None, {"temperature": 0.8, "top_p": 0.9}])

@@ -30,13 +30,18 @@ class BenchStep:
     """Rows."""
     sampled: bool = False
     """With temperature and top-p, instead of greedy."""
+    parts: bool = False
+    """Instead: layers alone, and their attention and MLPs, for 1 to 512 queries of one row (the paper's Figure 1)."""
     record: Annotated[str | None, arg(metavar="FILE")] = None
     """Append each line, with what it was measured with, to this .jsonl file."""
 
     def run(self) -> None:
-        from tidar.bench import report, step
+        from tidar.bench import parts, report, step
 
         core = step.model_of(self.model, self.size, self.layers, self.dtype)
+        if self.parts:
+            report.parts(parts.run(core, prefixes=self.prefix), self.record)
+            return
         lines = step.run(core, draft_len=self.draft_len, prefixes=self.prefix, rows=self.batch, sampled=self.sampled)
         report.steps(lines, self.record)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tidar.provenance import provenance
 
-__all__ = ["decoding", "steps"]
+__all__ = ["decoding", "parts", "steps"]
 
 
 def steps(lines: Sequence[dict[str, Any]], record: str | None) -> None:
@@ -27,6 +27,15 @@ def steps(lines: Sequence[dict[str, Any]], record: str | None) -> None:
             f"{line['batch']:5} {line['prefix']:6} {line['step']:20} {line['queries']:7} {line['milliseconds']:9.4f} "
             f"{line['floor_milliseconds']:9.4f} {line['share']:6.1%} {line['over_ar']:7.2f}x"
         )
+    _end(lines, record)
+
+
+def parts(lines: Sequence[dict[str, Any]], record: str | None) -> None:
+    """Of `tidar.bench.parts.run`."""
+    print(f"{'prefix':>6} {'queries':>7} {'total ms':>9} {'attention':>9} {'mlp':>9}")
+    for line in lines:
+        times = (line[f"{part}_milliseconds"] for part in ("total", "attention", "mlp"))
+        print(f"{line['prefix']:6} {line['queries']:7} " + " ".join(f"{time:9.4f}" for time in times))
     _end(lines, record)
 
 

@@ -40,10 +40,10 @@ PIECES = (64, 256, PREFILL_PIECE)
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A step as a graph, and the step, whose tensors the graph reads: without it their memory would be given away."""
+    """A graph, and what was captured, whose tensors it reads: without it their memory would be given away."""
 
     graph: torch.cuda.CUDAGraph
-    step: Step
+    call: Callable[[], object]
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -120,20 +120,24 @@ class Engine:
 
     @torch.inference_mode()
     def _ready(self, slots: Slots, step: Step) -> Callable[[], object]:
+        with slots.untouched():
+            return self.captured(step)
+
+    def captured(self, call: Callable[[], object]) -> Callable[[], object]:
+        """``call`` as a CUDA graph, after it ran twice; itself where there are no graphs."""
         if self.plain or self.core.device.type != "cuda":
-            return step
+            return call
         from tidar.kernels.pdl import overlapping
 
         with overlapping(self._in_cache()):
             # Kernels are compiled, and libraries make their handles, outside of the capture.
-            with slots.untouched():
-                step()
-                step()
+            call()
+            call()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                step()
-        return Captured(graph, step)
+                call()
+        return Captured(graph, call)
 
     def _in_cache(self) -> bool:
         """All weights fit into the L2 cache. Then a step is a row of launches that wait for one another, and letting

@@ -132,16 +132,23 @@ class LeanModel:
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:
         """Last hidden states (N, D), before the last norm, of embeddings ``x`` (N, D), which are overwritten."""
-        ops, eps, cut = self._ops, self.eps, self.cut
         for number, layer in enumerate(self.layers):
-            tiles = cut("norm_linear", layer.qkv, len(x))
-            heads = ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=eps, tiles=tiles)
-            mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
-            ops.linear_add(x, mixed, layer.out, layer.out_bias, tiles=cut("linear_add", layer.out, len(x)))
-            tiles = cut("norm_gated", layer.gate_up, len(x))
-            gated = ops.norm_gated(x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=eps, tiles=tiles)
-            ops.linear_add(x, gated, layer.down, layer.down_bias, tiles=cut("linear_add", layer.down, len(x)))
+            self.attention(x, number, layer, attend)
+            self.mlp(x, layer)
         return x
+
+    def attention(self, x: Tensor, number: int, layer: Layer, attend: Attend) -> None:
+        """The first half of a layer, added to ``x`` (N, D)."""
+        tiles = self.cut("norm_linear", layer.qkv, len(x))
+        heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles)
+        mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
+        self._ops.linear_add(x, mixed, layer.out, layer.out_bias, tiles=self.cut("linear_add", layer.out, len(x)))
+
+    def mlp(self, x: Tensor, layer: Layer) -> None:
+        """The second half of a layer, added to ``x`` (N, D)."""
+        tiles = self.cut("norm_gated", layer.gate_up, len(x))
+        gated = self._ops.norm_gated(x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles)
+        self._ops.linear_add(x, gated, layer.down, layer.down_bias, tiles=self.cut("linear_add", layer.down, len(x)))
 
     def logits(self, x: Tensor, rows: Tensor | None, *, norm: bool = True) -> Tensor:
         """Logits (R, V) float32 (float64 of a float64 model) of the hidden states ``x[rows]``; rows (R,) int32."""

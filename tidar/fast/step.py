@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidar.decode.policy import Shape
-from tidar.fast.lean import Layer, LeanModel
+from tidar.fast.lean import Attend, Layer, LeanModel
 from tidar.fast.slots import Slots
 from tidar.kernels.workspace import Workspace
 
@@ -77,9 +77,13 @@ class Network:
 
     def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Tensor:
         """Hidden states (B·L, D) of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
-        lean, ops, pages = self.lean, self.ops, slots.pages
         rows, queries = len(tokens), len(layout.offsets)
-        x = ops.embed(tokens, lean.embedding, self.mask_id, queries, layout.causal)
+        x = self.ops.embed(tokens, self.lean.embedding, self.mask_id, queries, layout.causal)
+        return self.lean(x.view(rows * queries, -1), self.attending(rows, layout, slots))
+
+    def attending(self, rows: int, layout: StepLayout, slots: Slots) -> Attend:
+        """What the layers attend to: the rows' pages, and each other as ``layout`` says."""
+        lean, ops, pages, queries = self.lean, self.ops, slots.pages, len(layout.offsets)
 
         def attend(number: int, layer: Layer, heads: Tensor) -> Tensor:
             stores = pages.keys[number], pages.values[number], layout.table, layout.lengths
@@ -107,7 +111,7 @@ class Network:
             )
             return out.view(rows * queries, -1)
 
-        return lean(x.view(rows * queries, -1), attend)
+        return attend
 
     def sample(
         self, x: Tensor, rows: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None
