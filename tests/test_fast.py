@@ -24,7 +24,7 @@ from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES
-from tidar.fast.pages import Pages
+from tidar.fast.pages import PAGE, Pages
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags, Network, Step
 from tidar.layout import all_proposals
@@ -136,6 +136,22 @@ def test_reference_checkpoint_drafts_as_on_the_plain_path() -> None:
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert [c.forwards for c in found] == [c.forwards for c in expected]
     assert sum(c.tokens_per_forward for c in found) > 3
+
+
+def test_no_row_is_longer_than_the_model(engine: Engine, qwen3: Model) -> None:
+    """Whatever number of new tokens is allowed: pages, limits and the prefixes that steps are measured behind."""
+    each = [SamplingParams(max_new_tokens=2**40, seed=1)]
+    decoder = FastDecoder(engine, Planning(4, list(few(4))))
+    with torch.inference_mode():
+        tokens = decoder.prefill(PROMPTS[:1], each)[0]
+        longest = engine.core.max_positions
+        assert decoder._slots.limits[0] == longest and decoder._slots.table.shape[1] * PAGE >= longest
+        while len(tokens) < 30:
+            tokens += decoder.step()[0]
+    assert (
+        tokens[:30]
+        == qwen3.generate(PROMPTS[:1], SamplingParams(max_new_tokens=30, ignore_eos=True), method="ar")[0].token_ids
+    )
 
 
 def test_rows_and_pages_are_used_again(engine: Engine) -> None:

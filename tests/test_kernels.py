@@ -19,7 +19,7 @@ from torch import Tensor
 from tidar import layout, mask
 from tidar.errors import TidarError
 from tidar.kernels import reference
-from tidar.kernels.workspace import Tiles, Workspace, own_keys, tiles, tune
+from tidar.kernels.workspace import Tiles, Workspace, own_keys, tiles
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
 from tidar.kernels import step_attention  # noqa: E402
@@ -417,22 +417,6 @@ def test_tiles() -> None:
     assert own_keys(step_8b, 16, 16, 15, 4) == 32
     assert own_keys(step_15b, 16, 16, 15, 6) == 64
     assert own_keys(token, 1, 0, 0, 6) == 16
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(4, 32), (272, 128)])
-def test_tune_keeps_the_fastest(queries: int, keys: int) -> None:
-    start = Workspace.for_step(1, queries, 12, 2, 128, 2048, dtype=torch.bfloat16, device=DEVICE)
-    seen: list[Tiles] = []
-
-    def measure(call: Any) -> float:
-        call()
-        return abs(seen[-1].keys - keys) + seen[-1].splits
-
-    best = tune(lambda workspace: seen.append(workspace.tiles), start, measure)
-    assert best.tiles.keys == keys
-    assert best.tiles.splits == min(tried.splits for tried in seen if tried.keys == keys)
-    assert best.shape == start.shape
-    assert len(seen) == len(set(seen)) <= 11
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

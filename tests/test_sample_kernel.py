@@ -25,7 +25,7 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton: pip inst
 import triton.language as tl  # noqa: E402
 
 from tidar.kernels import sample as kernel  # noqa: E402
-from tidar.kernels.noise import gumbel_noise  # noqa: E402
+from tidar.kernels.noise import gumbel, words  # noqa: E402
 
 # Temperatures near 0 make scores infinite, in the interpreter with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in divide:RuntimeWarning")
@@ -118,9 +118,10 @@ def noise_of(
     seeds: Any, positions: Any, out: Any, ROWS: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr
 ) -> None:
     row, token = tl.arange(0, ROWS), tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    made = gumbel_noise(tl.load(seeds + row)[:, None], tl.load(positions + row)[:, None], token[None, :], STREAM)
+    quad = tl.program_id(0) * (TOKENS // 4) + tl.arange(0, TOKENS // 4)
+    made = gumbel(words(tl.load(seeds + row)[:, None], tl.load(positions + row)[:, None], quad[None, :], STREAM))
     tl.store(out + (row * TOKENS * tl.num_programs(0))[:, None] + token[None, :], made)
-    one = gumbel_noise(tl.load(seeds), tl.load(positions), token, STREAM)
+    one = gumbel(words(tl.load(seeds), tl.load(positions), quad, STREAM))
     tl.store(out + ROWS * TOKENS * tl.num_programs(0) + token, one)
 
 

@@ -9,14 +9,12 @@ from typing import Literal, get_args
 
 from tidar import checkpoint
 from tidar.config import SamplingParams
-from tidar.decode import generation
+from tidar.decode import generation, planner
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
-from tidar.decode.planner import Acceptance as Seen
-from tidar.decode.planner import Times, few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
@@ -41,8 +39,8 @@ class Model:
 
     def __init__(self, core: CausalLM, *, fast: bool | None = None) -> None:
         self.core = core
-        self._times: dict[int, Times] = {}  # what steps take here, and what drafts are worth, learned by `auto`
-        self._acceptance = Seen()
+        self._times: dict[int, planner.Times] = {}  # what steps take here, and what drafts are worth, learned by `auto`
+        self._acceptance = planner.Acceptance()
         why = "it was not asked for" if fast is False else obstacle(core)
         if fast and why is not None:
             raise TidarError(f"no fast path: {why}; leave it to choose by itself")
@@ -171,7 +169,8 @@ class Model:
         if self._engine is not None and acceptance == "gumbel" and beta == 1 and length <= MOST:
             return self._fast_maker(self._engine, method, length, proposals)
         if method == "auto":
-            return lambda: PlannedDecoder(self.core, draft_len=length, times=self._times)
+            seen = self._acceptance
+            return lambda: PlannedDecoder(self.core, draft_len=length, times=self._times, acceptance=seen)
         if method == "linear":
             return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
         return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)
@@ -180,7 +179,7 @@ class Model:
         self, engine: Engine, method: Method, length: int, proposals: Sequence[int] | None
     ) -> Callable[[], Decoder]:
         if method == "auto":
-            return lambda: FastDecoder(engine, Planning(length, list(few(length)), self._acceptance))
+            return lambda: FastDecoder(engine, Planning(length, list(planner.few(length)), self._acceptance))
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
         chosen = check_proposals(length, all_proposals(length) if proposals is None else proposals)

@@ -57,7 +57,7 @@ class HuggingFace:
         return [self._generate(list(self._prompt), count)]
 
     def select(self, rows: list[int]) -> None:
-        raise NotImplementedError("one prompt at a time")
+        assert list(rows) == [0], "one prompt at a time"
 
     def _generate(self, prompt: list[int], count: int) -> list[int]:
         each = self._params

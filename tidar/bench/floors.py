@@ -6,7 +6,7 @@ Both rates are measured on the GPU at hand, not read from a data sheet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -57,21 +57,21 @@ def rates(device: torch.device) -> Rates:
     return Rates(2 * source.nbytes / copy, 2 * 8192**3 / product)
 
 
-def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates, *, weight_bytes: float = 2) -> Floor:
+def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) -> Floor:
     """Of a step of ``rows`` in ``shape`` behind ``prefix`` tokens each.
 
     The head computes the rows that are read: K drafts, and the M - 1 masks of the chosen proposal.
     """
-    layers, width = lean.layers, lean.embedding.shape[1]
+    layers, width, number = lean.layers, lean.embedding.shape[1], lean.embedding.element_size()
     weights = sum(w.numel() for layer in layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down))
     head = lean.head.numel()
     queries = rows * shape.queries
     read = rows * (shape.drafts + (shape.masks - 1 if shape.proposals else 0))
-    token = 2 * len(layers) * lean.kv_heads * lean.head_dim * lean.embedding.element_size()
+    token = 2 * len(layers) * lean.kv_heads * lean.head_dim * number
     k, p, m = shape.drafts, len(shape.proposals), shape.masks
     own = k * (k + 1) / 2 + sum(m * (level + m) for level in shape.proposals)
     attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * (k + p * m) + own)
-    moved = weight_bytes * (weights + head) + token * rows * (prefix + k) + 2 * queries * width
+    moved = number * (weights + head + queries * width) + token * rows * (prefix + k)
     flops = 2.0 * weights * queries + 2.0 * head * read + attention
     by_memory, by_compute = moved / rate.bandwidth, flops / rate.matmul
     bound = "memory" if by_memory >= by_compute else "compute"
@@ -98,8 +98,3 @@ def interleaved(calls: Sequence[Callable[[], object]], *, rounds: int, repeat: i
             if turn:
                 kept.append(start.elapsed_time(end) / 1e3 / repeat)
     return [median(each) for each in times]
-
-
-def as_dict(found: Floor | Rates) -> dict[str, object]:
-    """For a JSON line."""
-    return asdict(found)

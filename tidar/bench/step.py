@@ -6,14 +6,15 @@ Rows are at rest at the given prefix: a step does all its work and moves nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tidar.bench.floors import as_dict, floor, interleaved, rates
+from tidar.bench.floors import floor, interleaved, rates
 from tidar.bench.shapes import random_model
-from tidar.checkpoint import load_model
+from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode.policy import Shape
 from tidar.errors import TidarError
@@ -61,8 +62,6 @@ def model_of(name: str | None, size: str | None, layers: int | None, dtype: str 
     """A checkpoint, or random weights of a size in `tidar.bench.shapes`; for a GPU."""
     if size is not None:
         return random_model(size, layers=layers, dtype=dtype)
-    from tidar.checkpoint import embedded_checkpoint
-
     return load_model(embedded_checkpoint() if name is None else name, device="cuda", dtype=dtype)
 
 
@@ -104,8 +103,8 @@ def run(
                         "floor_milliseconds": round(least.seconds * 1e3, 5),
                         "share": round(least.seconds / seconds, 4),
                         "over_ar": round(seconds / times[0], 4),
-                        "floor": as_dict(least),
-                        "rates": as_dict(rate),
+                        "floor": asdict(least),
+                        "rates": asdict(rate),
                     }
                 )
             engine.forget(slots)

@@ -8,7 +8,7 @@ and no proposal. So the cache, the acceptance and the contract are TiDAR's.
 
 from __future__ import annotations
 
-from tidar.decode.policy import Alternating, Shape
+from tidar.decode.policy import Alternating
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.model import CausalLM
 
@@ -26,7 +26,4 @@ class LinearDecoder(TidarDecoder):
 
     def __init__(self, model: CausalLM, *, draft_len: int, acceptance: Acceptance = "gumbel") -> None:
         super().__init__(model, draft_len=draft_len, proposals=(), acceptance=acceptance)
-
-    def shape(self) -> Shape:
-        """Verify what was drafted; draft when nothing is."""
-        return Alternating(self.draft_len).shape(self._drafts.shape[1])
+        self.policy = Alternating(draft_len)

@@ -9,8 +9,8 @@ import torch
 
 from tidar import layout
 from tidar.config import SamplingParams
-from tidar.decode.planner import Times
-from tidar.decode.policy import Planning, Shape
+from tidar.decode.planner import Acceptance, Times
+from tidar.decode.policy import Planning
 from tidar.decode.tidar import TidarDecoder
 from tidar.model import CausalLM
 
@@ -25,11 +25,14 @@ class PlannedDecoder(TidarDecoder):
         draft_len: the longest draft.
         times: seconds of a step by its queries, for each number of rows; what is missing is measured and kept there, so
             decoders of one model on one machine share it.
+        acceptance: what such decoders have seen; it is added to.
     """
 
-    def __init__(self, model: CausalLM, *, draft_len: int, times: dict[int, Times]) -> None:
+    def __init__(
+        self, model: CausalLM, *, draft_len: int, times: dict[int, Times], acceptance: Acceptance | None = None
+    ) -> None:
         super().__init__(model, draft_len=draft_len)
-        self.policy = Planning(draft_len)
+        self.policy: Planning = Planning(draft_len, acceptance=acceptance)
         self._known = times
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
@@ -40,9 +43,6 @@ class PlannedDecoder(TidarDecoder):
             self._known[rows] = Times(measure(self.model, rows))
         self.policy.begin(lambda _: self._known[rows])
         return certain
-
-    def shape(self) -> Shape:
-        return self.policy.shape(self._drafts.shape[1])
 
     def step(self) -> list[list[int]]:
         shape = self.shape()

@@ -1,8 +1,8 @@
 """Which method, draft length and proposals make the most tokens a second here and now.
 
-A plan is a policy over steps (`tidar.decode.tidar.Shape`). What it yields is arithmetic: from how often a draft at each
-offset of its block is accepted, a small Markov chain gives the tokens a step commits; from the time that steps take,
-tokens a second follow. Both are learned while decoding, the times from a prior measured once. By the contract no choice
+A plan says what steps feed (`tidar.decode.policy`). What it yields is arithmetic: from how often a draft at each offset
+of its block is accepted, a small Markov chain gives the tokens a step commits; from the time that steps take, tokens a
+second follow. Both are learned while decoding, the times from a prior measured once. By the contract no choice
 changes a token.
 
 An *offset* is a draft's place in the block of masks that made it: a block's token 0 is the autoregressive one, and its

@@ -32,6 +32,11 @@ class Shape(NamedTuple):
         """L."""
         return self.drafts + len(self.proposals) * self.masks
 
+    @property
+    def kept(self) -> list[int]:
+        """For n = 0 … K accepted drafts the index of the largest proposal up to n, or -1."""
+        return [max((i for i, j in enumerate(self.proposals) if j <= n), default=-1) for n in range(self.drafts + 1)]
+
 
 SINGLE = Shape(1, (), 1)
 """An autoregressive step."""

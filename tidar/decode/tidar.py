@@ -20,7 +20,7 @@ from torch import Tensor
 from tidar import layout
 from tidar.config import SamplingParams
 from tidar.decode.base import Rows
-from tidar.decode.policy import Shape
+from tidar.decode.policy import Fixed, Policy, Shape
 from tidar.errors import TidarError
 from tidar.layout import check_proposals
 from tidar.model import CausalLM
@@ -62,12 +62,13 @@ class TidarDecoder(Rows):
         self.draft_len = draft_len
         self.acceptance = acceptance
         self.beta = beta
+        self.policy: Policy = Fixed(draft_len, self.proposals)
         self._drafts = self._q = torch.empty(0, device=model.device)
         self._levels: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
 
     def shape(self) -> Shape:
         """Of the next step."""
-        return Shape(self._drafts.shape[1], self.proposals, self.draft_len)
+        return self.policy.shape(self._drafts.shape[1])
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         hidden = self.open(prompts, params, self.draft_len)
@@ -125,9 +126,8 @@ class TidarDecoder(Rows):
         """The proposals (P,), and for n = 0 … K accepted drafts the index of the largest one up to n, or -1."""
         key = shape.drafts, shape.proposals
         if key not in self._levels:
-            kept = [max((i for i, j in enumerate(key[1]) if j <= n), default=-1) for n in range(key[0] + 1)]
             device = self.model.device
-            self._levels[key] = torch.tensor(key[1] or (0,), device=device), torch.tensor(kept, device=device)
+            self._levels[key] = torch.tensor(key[1] or (0,), device=device), torch.tensor(shape.kept, device=device)
         return self._levels[key]
 
     def _proposal(self, masks: Tensor, accepted: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -32,7 +32,7 @@ class _Flight:
     shape: Shape
     entry: int
     done: torch.cuda.Event | None
-    rows: list[int] = field(default_factory=list)
+    rows: list[int]
 
 
 class FastDecoder:
@@ -115,11 +115,9 @@ class FastDecoder:
         flight = self._flying.popleft()
         if flight.done is not None:
             flight.done.synchronize()
-        entry = self._slots.ring[flight.entry]
-        counts = entry[:, 0].tolist()
-        self._check(min(counts) < 0)
-        tokens = entry[:, 1:].tolist()
-        self._read.append((flight.shape, [tokens[r][: counts[r]] for r in flight.rows]))
+        entry: list[list[int]] = self._slots.ring[flight.entry, :, : 1 + flight.shape.drafts].tolist()
+        self._check(min(count for count, *_ in entry) < 0)
+        self._read.append((flight.shape, [entry[r][1 : 1 + entry[r][0]] for r in flight.rows]))
 
     def _plan(self) -> None:
         self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags))

@@ -74,14 +74,13 @@ class Engine:
         self, user: object, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
     ) -> tuple[Slots, list[list[int]]]:
         """Rows for these prompts, and the pages they hold, until ``user`` is gone."""
-        wanted = [
-            pages_for(min(len(p) + each.max_new_tokens, self.core.max_positions))
-            for p, each in zip(prompts, params, strict=True)
-        ]
+        longest = self.core.max_positions
+        limits = [min(len(p) + each.max_new_tokens, longest) for p, each in zip(prompts, params, strict=True)]
+        wanted = [pages_for(limit) for limit in limits]
         pages = self._room(sum(wanted))
-        taken = [pages.take(count) for count in wanted]
         slots = self.slots(user, len(prompts), pages)
-        slots.open(prompts, params, taken)
+        taken = [pages.take(count) for count in wanted]
+        slots.open(prompts, params, limits, taken)
         return slots, taken
 
     def slots(self, user: object, rows: int, pages: Pages) -> Slots:

@@ -82,8 +82,6 @@ class LeanModel:
         embedding: (V, D).
         norm: (D,), of the last norm.
         head: (V, D).
-        tiles: how products are cut up, by kind, rows of the weight, its depth and N, where measuring has found better
-            than `default_tiles`.
 
     Raises:
         TidarError: another family, or a variant with something this path does not do.
@@ -96,7 +94,6 @@ class LeanModel:
         config, body = hf.config, hf.base_model
         attentions = [layer.self_attn for layer in body.layers]
         self.core, self._ops = core, ops
-        self.tiles: dict[tuple[str, int, int, int], ProductTiles | None] = {}
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim: int = attentions[0].head_dim
         self.scale: float = attentions[0].scaling
@@ -139,16 +136,16 @@ class LeanModel:
 
     def attention(self, x: Tensor, number: int, layer: Layer, attend: Attend) -> None:
         """The first half of a layer, added to ``x`` (N, D)."""
-        tiles = self.cut("norm_linear", layer.qkv, len(x))
+        tiles = _cut(layer.qkv, len(x))
         heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
-        self._ops.linear_add(x, mixed, layer.out, layer.out_bias, tiles=self.cut("linear_add", layer.out, len(x)))
+        self._ops.linear_add(x, mixed, layer.out, layer.out_bias, tiles=_cut(layer.out, len(x)))
 
     def mlp(self, x: Tensor, layer: Layer) -> None:
         """The second half of a layer, added to ``x`` (N, D)."""
-        tiles = self.cut("norm_gated", layer.gate_up, len(x))
+        tiles = _cut(layer.gate_up, len(x))
         gated = self._ops.norm_gated(x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles)
-        self._ops.linear_add(x, gated, layer.down, layer.down_bias, tiles=self.cut("linear_add", layer.down, len(x)))
+        self._ops.linear_add(x, gated, layer.down, layer.down_bias, tiles=_cut(layer.down, len(x)))
 
     def logits(self, x: Tensor, rows: Tensor | None, *, norm: bool = True) -> Tensor:
         """Logits (R, V) float32 (float64 of a float64 model) of the hidden states ``x[rows]``; rows (R,) int32."""
@@ -160,15 +157,9 @@ class LeanModel:
     ) -> Tensor:
         """A product (R, F) of ``x[rows]``, normed, in float32 at least."""
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        tiles = self.cut("norm_linear", weight, count)
+        tiles = _cut(weight, count)
         made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles)
         return made
-
-    def cut(self, kind: str, weight: Tensor, count: int) -> ProductTiles | None:
-        """How a product of ``count`` rows with ``weight`` is cut up; None is cuBLAS."""
-        features, depth = weight.shape
-        key = kind, features, depth, count
-        return self.tiles[key] if key in self.tiles else default_tiles(count, features, depth, weight.element_size())
 
 
 def _layer(layer: Any, window: int | None) -> Layer:
@@ -190,6 +181,12 @@ def _layer(layer: Any, window: int | None) -> Layer:
         down_bias=_bias(mlp.down_proj),
         window=window,
     )
+
+
+def _cut(weight: Tensor, count: int) -> ProductTiles | None:
+    """How a product of ``count`` rows with ``weight`` is cut up; None is cuBLAS."""
+    features, depth = weight.shape
+    return default_tiles(count, features, depth, weight.element_size())
 
 
 def _bias(part: nn.Linear) -> Tensor | None:

@@ -29,7 +29,6 @@ class Slots:
 
     Attributes:
         rows: B.
-        most: K.
         pages: the cache.
         table: (B, n) int32, pages of each row.
         lengths: (B,) int32, committed tokens.
@@ -44,7 +43,7 @@ class Slots:
     """
 
     def __init__(self, rows: int, most: int, vocab: int, width: int, pages: Pages, device: torch.device) -> None:
-        self.rows, self.most, self.pages, self.device = rows, most, pages, device
+        self.rows, self.pages, self.device = rows, pages, device
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -67,14 +66,19 @@ class Slots:
             self.kept[key] = make()
         return self.kept[key]  # type: ignore[return-value]
 
-    def open(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], pages: list[list[int]]) -> None:
-        """Take new rows, without tokens yet; the rest of the B rests."""
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        limits: Sequence[int],
+        pages: Sequence[list[int]],
+    ) -> None:
+        """Take new rows, without tokens yet, that end at their limits; the rest of the B rests."""
         rest = self.rows - len(prompts)
         width = self.table.shape[1]
         rows = [table_row(taken, width) for taken in pages] + [table_row([], width)] * rest
         self.table.copy_(torch.stack(rows))
-        limits = [len(p) + each.max_new_tokens for p, each in zip(prompts, params, strict=True)] + [0] * rest
-        self.limits.copy_(torch.tensor(limits, dtype=torch.int32))
+        self.limits.copy_(torch.tensor([*limits, *[0] * rest], dtype=torch.int32))
         self.lengths.zero_()
         self.tickets.zero_()
         self.bad.zero_()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tidar import layout
 from tidar.decode.policy import Shape
 from tidar.fast.lean import Attend, Layer, LeanModel
 from tidar.fast.slots import Slots
@@ -72,6 +73,7 @@ class Network:
         self.suppressed[list(core.suppressed)] = True
         self.mask_id = core.spec.mask_token_id if core.spec else 0
         self.transition = lean.transition()
+        self._ones = torch.ones_like(lean.norm)  # the weights of a norm without any
         # What attention's splits are chosen for; behind longer prefixes they are long, but still right.
         self.longest = min(2048, core.max_positions // 2)
 
@@ -147,8 +149,7 @@ class Network:
         rows = states.view(-1)
         hidden = ops.norm(x, lean.norm, eps=lean.eps, rows=rows)
         base = lean.logits(hidden, None, norm=False)
-        ones = slots.once("ones", lambda: torch.ones_like(lean.norm))
-        state = lean.wide(hidden, ones, gate, float(torch.finfo(hidden.dtype).eps), None, len(hidden))
+        state = lean.wide(hidden, self._ones, gate, float(torch.finfo(hidden.dtype).eps), None, len(hidden))
         ops.chain(
             base.view(*states.shape, -1),
             state.view(*states.shape, -1),
@@ -185,16 +186,14 @@ class Step:
         self.shape = shape
         k, proposals, masks = shape
         self._masks = masks if proposals else 1
-        offsets = [*range(k), *(level + m for level in proposals for m in range(masks))]
-        self._queries = len(offsets)
-        kept = [max((i for i, j in enumerate(proposals) if j <= n), default=-1) for n in range(k + 1)]
-        self._kept = torch.tensor(kept, device=device)
+        self._queries = shape.queries
+        self._kept = torch.tensor(shape.kept, device=device)
         self._levels = torch.tensor(proposals or (0,), device=device)
         index = torch.arange(rows, device=device)[:, None] * self._queries + torch.arange(k, device=device)
         self._verify = index.int()
         self._layout = StepLayout(
             causal=k,
-            offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
+            offsets=layout.step([0], *shape, device=device).positions[0].int(),
             levels=torch.tensor(proposals, dtype=torch.long, device=device),
             counts=torch.full((rows,), k, dtype=torch.int32, device=device),
             lengths=slots.lengths,

@@ -38,8 +38,8 @@ __all__ = ["Exchange", "chain"]
 LAST = tl.constexpr(2**31 - 1)
 LEAST = tl.constexpr(-(2**63))  # below the word of any token, even of score -inf; its parity bit is 0
 PATIENCE = tl.constexpr(1 << 14)
-"""Looks at the others' words, about 10 ms, before a program goes on without them: a wrong draft is only rejected, where
-a wait without end would stop the GPU."""
+"""Looks at the others' words, some milliseconds, before a program goes on without them: a wrong draft is only rejected,
+where a wait without end would stop the GPU."""
 HELD = 128 * 1024
 """Bytes of the table that a program may hold: of the 227 KiB of shared memory that a multiprocessor has for it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["gumbel", "gumbel_noise", "words"]
+__all__ = ["gumbel", "words"]
 
 
 @triton.jit
@@ -33,20 +33,3 @@ def gumbel(bits):
     # 1 - v has 33 bits at most, so it is exact and its logarithm is log1p(-v). Logarithms in float64 may differ between
     # devices in their last bit, which rounding to float32 takes away.
     return (-tl.log(-tl.log(1.0 - v))).to(tl.float32)
-
-
-@triton.jit
-def gumbel_noise(seed, position, token_ids, STREAM: tl.constexpr = 0):
-    """`tidar.noise.gumbel`: standard Gumbel noise that depends on seed, position and token only.
-
-    Args:
-        seed: as for `words`, and so are position and STREAM.
-        token_ids: (…, 4n) int32, runs of four tokens, the first of each run a multiple of 4.
-
-    Returns:
-        (…, 4n) float32.
-    """
-    n: tl.constexpr = token_ids.shape[len(token_ids.shape) - 1]
-    even, _ = tl.split(token_ids.reshape(token_ids.shape[:-1] + [n // 2, 2]))
-    leading, _ = tl.split(even.reshape(even.shape[:-1] + [n // 4, 2]))
-    return gumbel(words(seed, position, leading // 4, STREAM))

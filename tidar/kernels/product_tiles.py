@@ -5,16 +5,15 @@ Everything here is decided by static sizes, before a step runs, so that a captur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from tidar.errors import TidarError
 from tidar.kernels.workspace import power_of_2
 
-__all__ = ["ProductTiles", "candidates", "default_tiles", "graph_time", "tune_product"]
+__all__ = ["ProductTiles", "candidates", "default_tiles", "graph_time"]
 
 PROCESSORS = 132
 """Multiprocessors of a Hopper GPU."""
@@ -167,30 +166,6 @@ def _cut(shape: tuple[int, int, int, int], depth: int, itemsize: int, flight: in
     fitting = SHARED // ((rows + cols) * taken * itemsize) + (rows < 64)  # wgmma reads a tile while others arrive
     ahead = max(64, power_of_2(min(EARLY // (cols * itemsize), depth))) if rows < 64 else 0
     return ProductTiles(rows, cols, taken, warps, max(2, min(stages, fitting, 8)), ahead=ahead)
-
-
-def tune_product(
-    runs: Sequence[Callable[[ProductTiles | None], object]],
-    candidates: Iterable[ProductTiles | None],
-    measure: Callable[[Sequence[Callable[[], object]]], float] | None = None,
-) -> ProductTiles | None:
-    """The fastest of ``candidates``; for a GPU, and never inside a step.
-
-    Args:
-        runs: the product with given tiles, once for each of several weights, best those of a model's layers: together
-            they must be too large for the L2 cache, or its bandwidth is measured and not the memory's.
-        candidates: what to try; of equals the first wins, and what needs too much shared memory never does.
-        measure: time of a sequence of calls; `graph_time` by default.
-    """
-    from triton.runtime.errors import OutOfResources
-
-    def time(tiles: ProductTiles | None) -> float:
-        try:
-            return (measure or graph_time)([partial(run, tiles) for run in runs])
-        except OutOfResources:
-            return float("inf")
-
-    return min(candidates, key=time)
 
 
 def graph_time(calls: Sequence[Callable[[], object]], count: int = 20) -> float:

@@ -5,15 +5,14 @@ Everything here is decided by static sizes, before a step runs, so that a captur
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["Tiles", "Workspace", "own_keys", "power_of_2", "tiles", "tune"]
+__all__ = ["Tiles", "Workspace", "own_keys", "power_of_2", "tiles"]
 
 TILE, TILE_WIDTH = 870, 4.7
 """Clocks of a program for a tile of 64 keys, and for each number of a head's width."""
@@ -178,60 +177,3 @@ class Workspace:
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def tune(
-    run: Callable[[Workspace], object],
-    workspace: Workspace,
-    measure: Callable[[Callable[[], object]], float] | None = None,
-) -> Workspace:
-    """The workspace with the fastest of about ten tiles; for a GPU, and never inside a step. About half a minute.
-
-    Args:
-        run: a call of `tidar.kernels.step_attention.attend` that waits for nothing; give it typical lengths.
-        workspace: where to start.
-        measure: time of a call; by default the median in a CUDA graph, without the time of a launch from the host.
-    """
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench_cudagraph
-
-    def time(candidate: Workspace) -> float:
-        def call() -> object:
-            return run(candidate)
-
-        try:
-            return do_bench_cudagraph(call, rep=5, return_mode="median") if measure is None else measure(call)
-        except OutOfResources:
-            return float("inf")
-
-    def made(chosen: Tiles) -> Workspace:
-        dtype, device = torch.float32, workspace.part.device  # of the parts; tiles are chosen already
-        return Workspace.for_step(*workspace.shape, 0, dtype=dtype, device=device, chosen=chosen)
-
-    best, least = workspace, time(workspace)
-    seen = {workspace.tiles}
-    for more in (_shapes, _shares):
-        for chosen in more(best.tiles):
-            if chosen not in seen and (taken := time(candidate := made(chosen))) < least:
-                best, least = candidate, taken
-            seen.add(chosen)
-    return best
-
-
-def _shapes(tiles: Tiles) -> list[Tiles]:
-    """Other tiles, with about as much work for the GPU at once."""
-    keys, rows, splits = tiles.keys, tiles.rows, tiles.splits
-    if rows < 64:
-        others = [(64, 8, 2), (64, 8, 4), (64, 4, 3), (32, 4, 3), (128, 8, 2), (128, 4, 2)]
-        return [Tiles(rows, n, -(-splits * keys // n), warps, stages) for n, warps, stages in others]
-    taller = [(64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2)]
-    return [
-        Tiles(n, wide, -(-splits * n * tiles.warps // (rows * warps)), warps, stages)
-        for n, wide, warps, stages in taller
-    ]
-
-
-def _shares(tiles: Tiles) -> list[Tiles]:
-    """The same tiles with fewer splits and more."""
-    splits = tiles.splits
-    return [replace(tiles, splits=n) for n in (-(-splits // 2), -(-splits * 3 // 4), splits + 1, splits * 3 // 2) if n]
