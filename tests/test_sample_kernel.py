@@ -148,6 +148,17 @@ def test_tokens_are_those_of_sampling(vocab: int, chunk: int | None, kind: str) 
     assert torch.equal(case.computed(chunk), case.wanted())
 
 
+@pytest.mark.parametrize("kind", ["usual", "ties", "equal"])
+@pytest.mark.parametrize("penalty", [False, True])
+def test_greedy_in_chunks(kind: str, penalty: bool) -> None:
+    """Programs share a row: of equals in different chunks the first wins."""
+    greedy = [SamplingParams(repetition_penalty=1.3 if penalty else 1.0)] * 3
+    case = Case(random_logits(kind, 3, 2, 1003), greedy, suppression=True, penalty=penalty)
+    assert torch.equal(case.computed(64), case.wanted())
+    if kind == "equal":
+        assert (case.logits == case.logits[0, 0, 0]).all(), "equals in all chunks"
+
+
 def test_a_large_vocabulary() -> None:
     mixed = MIXED[3:6]
     case = Case(random_logits("usual", len(mixed), 1, 151_936), mixed, suppression=True, penalty=True, first=0)

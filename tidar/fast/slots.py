@@ -95,7 +95,7 @@ class Slots:
         for mine, theirs in zip(self._state[:5], other._state[:5], strict=True):
             mine[:count] = theirs[index]
             mine[count:] = 0
-        self.params.copy_(DeviceParams.of([SamplingParams()] * self.rows, self.device))
+        # Rows that pad keep parameters of nobody or of an earlier request: valid ones, where zeros would not be.
         for mine, theirs in zip(self.params.tensors, other.params.tensors, strict=True):
             mine[:count] = theirs[index]
         self.tickets.zero_()
