@@ -220,16 +220,26 @@ def test_planted_faults_are_caught(
 
 
 def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
-    """Several end at once, so that the smaller batch is padded too; with penalties, which padding must survive."""
+    """Two that are alike end at once, so that the smaller batch is padded; with penalties, which padding must bear."""
+    prompts = [PROMPTS[0], *PROMPTS[:4]]
     each = [
-        SamplingParams(max_new_tokens=n, seed=n, temperature=0.9, repetition_penalty=1.3) for n in (3, 3, 9, 16, 23)
+        SamplingParams(max_new_tokens=new, seed=seed, temperature=0.9, repetition_penalty=1.3)
+        for new, seed in ((3, 0), (3, 0), (9, 2), (16, 3), (23, 4))
     ]
-    expected = qwen3.generate(PROMPTS, each, method="ar")
+    expected = qwen3.generate(prompts, each, method="ar")
     for ahead in (1, 3):
         decoder = FastDecoder(engine, Fixed(3, (1, 2, 3)), ahead=ahead)
-        found = generation.generate(engine.core, PROMPTS, each, _once(decoder), 5)
+        sizes: list[tuple[int, int]] = []
+        real = decoder.select
+
+        def noting(rows: list[int], decoder: FastDecoder = decoder, real: Callable[..., None] = real) -> None:
+            real(rows)
+            sizes.append((len(rows), decoder._slots.rows))  # noqa: B023
+
+        decoder.select = noting  # type: ignore[method-assign]
+        found = generation.generate(engine.core, prompts, each, _once(decoder), 5)
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
-        assert decoder._slots.rows == 1
+        assert sizes == [(3, 4), (2, 2), (1, 1)]
 
 
 def test_planning_measures_once_and_keeps_it(
