@@ -180,7 +180,7 @@ def test_splits_meet_in_any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_after_another_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter knows no programmatic dependent launch; a GPU from Hopper on does, unless told not to."""
-    assert pdl.options(torch.device("cpu")) == {"PDL": False, "launch_pdl": False}
+    assert pdl.options(torch.device("cpu")) == {"PDL": 0, "launch_pdl": False}
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -189,7 +189,8 @@ def test_one_after_another_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
         able = enabled and not interpreted
         with pdl.overlapping(enabled):
-            assert pdl.options(device) == {"PDL": able, "launch_pdl": able}
+            for late, constant in ((False, 1), (True, 2)):
+                assert pdl.options(device, late=late) == {"PDL": able * constant, "launch_pdl": able}
     pdl._able.cache_clear()
 
 
@@ -369,7 +370,7 @@ for rows in (1, 16, 32, 64, 256):
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
         split = plan.splits > 1
         given = dict(norm=normed, rows=normed and name == "head", bias=name == "qkv", part=split, arrived=split)
-        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(ADD=name in ("out", "down"), PDL=True)
+        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(ADD=name in ("out", "down"), PDL=1 + (plan.rows < 64))
         names = product.arg_names
         types = dict.fromkeys(("x", "norm", "weight", "bias"), "*bf16") | dict(rows="*i64", eps="fp32")
         types |= dict(out="*fp32" if name == "head" else "*bf16", part="*fp32", arrived="*i32")
@@ -392,6 +393,7 @@ for rows in (1, 16, 32, 64, 256):
         before, behind = ptx.split("griddepcontrol.wait;")
         touched = [n for n in ("ld.global", "st.global", "cp.async", "atom.", "red.") if n in before]
         assert not touched and "cp.async" in behind, touched
+        assert ("griddepcontrol.launch_dependents" in behind) == (plan.rows < 64)
         assert ("prefetch.global.L2" in before) == (plan.ahead > 0)
         print(path, rows, plan.rows, made.metadata.shared, *loop)
 """

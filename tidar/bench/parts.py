@@ -78,11 +78,13 @@ def _parts(engine: Engine, slots: Slots, count: int, prefix: int) -> dict[str, C
 
     def run(attention: bool, mlp: bool) -> None:
         # On a copy: what grows over and over ends in infinities, and those are quicker than numbers.
-        y = x.clone()
-        for number, layer in enumerate(lean.layers):
+        y, normed = x.clone(), None
+        for number in range(len(lean.layers)):
             if attention:
-                lean.attention(y, number, layer, attend)
+                normed = lean.attention(y, normed, number, attend)
             if mlp:
-                lean.mlp(y, layer)
+                normed = lean.mlp(y, normed, number)
+            if not (attention and mlp):
+                normed = None  # it was for the other half
 
     return {"total": lambda: run(True, True), "attention": lambda: run(True, False), "mlp": lambda: run(False, True)}

@@ -129,23 +129,48 @@ class LeanModel:
 
     def __call__(self, x: Tensor, attend: Attend) -> Tensor:
         """Last hidden states (N, D), before the last norm, of embeddings ``x`` (N, D), which are overwritten."""
-        for number, layer in enumerate(self.layers):
-            self.attention(x, number, layer, attend)
-            self.mlp(x, layer)
+        normed = None
+        for number in range(len(self.layers)):
+            normed = self.attention(x, normed, number, attend)
+            normed = self.mlp(x, normed, number)
         return x
 
-    def attention(self, x: Tensor, number: int, layer: Layer, attend: Attend) -> None:
-        """The first half of a layer, added to ``x`` (N, D)."""
-        tiles = _cut(layer.qkv, len(x))
-        heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles)
-        mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
-        self._ops.linear_add(x, mixed, layer.out, layer.out_bias, tiles=_cut(layer.out, len(x)))
+    def attention(self, x: Tensor, normed: Tensor | None, number: int, attend: Attend) -> Tensor | None:
+        """The first half of layer ``number``, added to ``x`` (N, D).
 
-    def mlp(self, x: Tensor, layer: Layer) -> None:
-        """The second half of a layer, added to ``x`` (N, D)."""
+        Args:
+            x: the residual stream.
+            normed: its norm for this half, if the half before made it.
+            number: of the layer.
+            attend: what its heads attend to.
+
+        Returns:
+            The norm of ``x`` for the half behind, if it came with the sum; None where the product behind makes it.
+        """
+        layer = self.layers[number]
+        given = (x, layer.norm) if normed is None else (normed, None)
+        tiles = _cut(layer.qkv, len(x))
+        heads = self._ops.norm_linear(*given, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles)
+        mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
+        return self._add(x, mixed, layer.out, layer.out_bias, layer.mlp_norm)
+
+    def mlp(self, x: Tensor, normed: Tensor | None, number: int) -> Tensor | None:
+        """The second half of layer ``number``; arguments and result as `attention`'s."""
+        layer = self.layers[number]
+        given = (x, layer.mlp_norm) if normed is None else (normed, None)
         tiles = _cut(layer.gate_up, len(x))
-        gated = self._ops.norm_gated(x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles)
-        self._ops.linear_add(x, gated, layer.down, layer.down_bias, tiles=_cut(layer.down, len(x)))
+        gated = self._ops.norm_gated(*given, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles)
+        last = number + 1 == len(self.layers)  # the head norms the rows that it reads
+        return self._add(x, gated, layer.down, layer.down_bias, None if last else self.layers[number + 1].norm)
+
+    def _add(self, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor | None:
+        """``x += a · weightᵀ + bias``, and perhaps the norm of the sum."""
+        tiles = _cut(weight, len(x))
+        if tiles is None:
+            normed: Tensor | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
+            return normed
+        self._ops.linear_add(x, a, weight, bias, tiles=tiles)
+        return None
 
     def logits(self, x: Tensor, rows: Tensor | None, *, norm: bool = True) -> Tensor:
         """Logits (R, V) float32 (float64 of a float64 model) of the hidden states ``x[rows]``; rows (R,) int32."""

@@ -9,8 +9,8 @@ __all__ = ["load"]
 
 
 def load(*, plain: bool) -> Any:
-    """A namespace with ``embed``, ``norm_linear``, ``norm_gated``, ``linear_add``, ``norm``, ``rotate``, ``attend``,
-    ``sample``, ``accept``, ``chain``, and ``exchange``, the memory of the last.
+    """A namespace with ``embed``, ``norm_linear``, ``norm_gated``, ``linear_add``, ``linear_add_norm``, ``norm``,
+    ``rotate``, ``attend``, ``sample``, ``accept``, ``chain``, and ``exchange``, the memory of the last.
 
     Args:
         plain: the twins, which read device values on the host; else Triton's kernels, which a CUDA graph can capture.
@@ -24,9 +24,9 @@ def load(*, plain: bool) -> Any:
             names |= {name: getattr(module, name) for name in module.__all__}
         names["exchange"] = lambda *_: None
     else:
-        from tidar.kernels import accept, chain, products, rotate, sample, step_attention
+        from tidar.kernels import accept, chain, products, residual, rotate, sample, step_attention
 
-        for module in (accept, chain, products, rotate, sample, step_attention):
+        for module in (accept, chain, products, residual, rotate, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
         make = chain.Exchange.for_step
         names["exchange"] = lambda rows, places, vocab, device: make(rows, places, vocab, device=device)

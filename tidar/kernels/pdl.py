@@ -14,8 +14,13 @@ see each other's memory as if they had run one after another:
   overwritten.
 - Kernels launched without it, torch's for one, start when all before them have completed; cuBLAS's do, or wait as
   these do. Behind one of them the barrier holds until it has completed, as behind any other.
-- No program waits for one that finds no place: the next grid starts when all programs of the one before have started,
-  and takes what they have left.
+- No program waits for one that finds no place: the next grid starts when all programs of the one before have started
+  or, released late, have nearly finished, and takes what they have left.
+
+When to let the next grid start is a choice of time alone. At once, its programs gather on whichever multiprocessors
+have room first, several on one and none on another: where a kernel has few programs and the next one too, that was
+measured to cost more than it hides (docs/benchmarks.md). So a kernel of small tiles does so late, by `release` behind
+its loop; one of large tiles at once.
 
 The one thing allowed before the barrier is `prefetch`: it moves lines into the L2 cache, where every write to them
 arrives too, and gives no values, so that it is right for any memory that may be read.
@@ -34,7 +39,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["begin", "options", "overlapping", "prefetch"]
+__all__ = ["begin", "options", "overlapping", "prefetch", "release"]
+
+EARLY, LATE = tl.constexpr(1), tl.constexpr(2)
+"""When a kernel lets the next one start; 0 is without overlap."""
 
 _wanted = ContextVar("_wanted", default=True)
 
@@ -51,10 +59,18 @@ def overlapping(wanted: bool) -> Iterator[None]:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """First call of a kernel: let the next one start, wait for the one before; nothing without ``PDL``."""
-    if PDL:
+    """First call of a kernel: let the next one start, unless late, and wait for the one before."""
+    if PDL == EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """Let the next kernel start, if that was to be late. A program that ends without this call does so by ending."""
+    if PDL == LATE:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -65,13 +81,16 @@ def prefetch(pointers):
     )
 
 
-def options(device: torch.device) -> dict[str, bool]:
+def options(device: torch.device, *, late: bool = False) -> dict[str, int]:
     """Keyword arguments of a launch on ``device``: the constant ``PDL`` of the kernel, and ``launch_pdl`` for Triton.
 
-    Both are False in Triton's interpreter and on GPUs without it.
+    Both are 0 in Triton's interpreter and on GPUs without it.
+
+    Args:
+        late: the kernel calls `release`.
     """
     able = _wanted.get() and device.type == "cuda" and not triton.knobs.runtime.interpret and _able(device)
-    return {"PDL": able, "launch_pdl": able}
+    return {"PDL": able * (LATE.value if late else EARLY.value), "launch_pdl": able}
 
 
 @cache

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tidar.kernels.attention_parts import last_to_come
-from tidar.kernels.pdl import begin, prefetch
+from tidar.kernels.pdl import begin, prefetch, release
 
 __all__ = ["product"]
 
@@ -110,6 +110,7 @@ def product(
                 taken = taken.to(w.dtype)
         acc = _accumulate(acc, taken, w, SLICES)
 
+    release(PDL)
     acc = _total(acc, ROWS, SLICES)
     if SPLITS > 1:
         # The last to come adds the shares up, in their order: the sum does not depend on who that is.

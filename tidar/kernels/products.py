@@ -219,7 +219,8 @@ def _launch(
     given = _descriptors(x, weight, sizes) if tiles.tma else (x, weight)
     product[grid](
         given[0], rows, norm, given[1], bias, out, part, arrived, len(out), eps, x.stride(0), out.stride(0),
-        ADD=add, num_warps=tiles.warps, num_stages=tiles.stages, **sizes, **options(x.device),
+        ADD=add, num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
+        **options(x.device, late=tiles.rows < 64),
     )  # fmt: skip
     return out
 

@@ -13,7 +13,16 @@ from torch.nn.functional import silu
 
 from tidar.errors import TidarError
 
-__all__ = ["check_product", "gated", "linear_add", "norm", "norm_gated", "norm_linear"]
+__all__ = [
+    "check_add_norm",
+    "check_product",
+    "gated",
+    "linear_add",
+    "linear_add_norm",
+    "norm",
+    "norm_gated",
+    "norm_linear",
+]
 
 
 def norm_linear(
@@ -36,6 +45,15 @@ def linear_add(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None,
     """A product added in place; arguments as `tidar.kernels.products.linear_add`, ``tiles`` is not read."""
     check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
     return _into(x, x + _linear(_normed(a, None, 0.0, None), weight, bias), x)
+
+
+def linear_add_norm(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, *, eps: float
+) -> Tensor | None:
+    """A product added in place, and its norm; arguments as `tidar.kernels.residual.linear_add_norm`."""
+    check_add_norm(x, a, weight, bias, norm, eps)
+    linear_add(x, a, weight, bias)
+    return None if norm is None else _normed(x, norm, eps, None).to(x.dtype)
 
 
 def norm_gated(
@@ -79,6 +97,17 @@ def _linear(wide: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _into(out: Tensor | None, result: Tensor, like: Tensor) -> Tensor:
     return result.to(like.dtype) if out is None else out.copy_(result)
+
+
+def check_add_norm(
+    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float
+) -> None:
+    """`TidarError` unless the arguments fit together."""
+    check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
+    if x.dtype != a.dtype:
+        raise TidarError(f"both sides of the sum must have one dtype, not {x.dtype} and {a.dtype}")
+    if norm is not None:
+        check_product(x, norm, None, None, eps, None, None, x.shape[1])
 
 
 def check_product(
