@@ -15,10 +15,11 @@ for line in gzip.open("results/holdout_prompts.jsonl.gz", "rt"):
 
 $run step --prefix 512 --record "$results/bench_step.jsonl"
 $run step --prefix 512 --sampled --record "$results/bench_step.jsonl"
-$run step --size qwen2.5-1.5b --record "$results/bench_step.jsonl"
-$run step --size qwen3-8b --record "$results/bench_step.jsonl"
+$run step --size qwen2.5-1.5b --draft-len 16 8 4 --record "$results/bench_step.jsonl"
+$run step --size qwen3-8b --draft-len 16 8 4 --record "$results/bench_step.jsonl"
 $run decode --prompts "$prompts" --count 64 --baselines --record "$results/bench_decode.jsonl"
 $run decode --prompts "$prompts" --count 64 --temperature 0.8 --top-p 0.95 --record "$results/bench_decode.jsonl"
 $run decode --prompts "$prompts" --count 128 --batch 4 16 64 --record "$results/bench_decode.jsonl"
 $run step --size qwen3-32b --parts --prefix 1024 2048 4096 --record "$results/bench_parts.jsonl"
+${PYTHON:-python} runs/replay.py --step "$results/bench_step.jsonl" --decode "$results/bench_decode.jsonl"
 ${PYTHON:-python} runs/host_profile.py --write "$results/host_calls.jsonl"

@@ -55,8 +55,8 @@ def test_floor_is_the_larger_of_two(core: CausalLM) -> None:
 
 
 def test_steps(core: CausalLM, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    lines = step.run(core, draft_len=4, prefixes=(8, 70), rows=(1, 2))
-    assert len(lines) == 4 * len(step.step_shapes(4))
+    lines = step.run(core, draft_lens=(4, 2), prefixes=(8, 70), rows=(1, 2))
+    assert len(lines) == 4 * len(step.step_shapes(4)) + 4 * len(step.step_shapes(2))
     assert [line["queries"] for line in lines[:4]] == [1, 4, 5, 20]
     assert lines[3]["over_ar"] == 4.0 and lines[3]["share"] == round(lines[3]["floor"]["seconds"] / 4e-3, 4)
     report.steps(lines, str(tmp_path / "steps.jsonl"))

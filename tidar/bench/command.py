@@ -22,7 +22,7 @@ class BenchStep:
     """Of `size`, this many layers only."""
     dtype: Annotated[str, arg(metavar="bfloat16|float16|float32")] = "bfloat16"
     """Of the weights."""
-    draft_len: Annotated[int, arg(metavar="K")] = 16
+    draft_len: tuple[int, ...] = (16,)
     """Drafts a step."""
     prefix: tuple[int, ...] = (1024,)
     """Committed tokens of each row."""
@@ -42,7 +42,7 @@ class BenchStep:
         if self.parts:
             report.parts(parts.run(core, prefixes=self.prefix), self.record)
             return
-        lines = step.run(core, draft_len=self.draft_len, prefixes=self.prefix, rows=self.batch, sampled=self.sampled)
+        lines = step.run(core, draft_lens=self.draft_len, prefixes=self.prefix, rows=self.batch, sampled=self.sampled)
         report.steps(lines, self.record)
 
 

@@ -20,11 +20,13 @@ def steps(lines: Sequence[dict[str, Any]], record: str | None) -> None:
         f"memory {rates['bandwidth'] / 1e12:.2f} TB/s, matrix products {rates['matmul'] / 1e12:.0f} TFLOP/s, measured"
     )
     print(
-        f"{'batch':>5} {'prefix':>6} {'step':20} {'queries':>7} {'ms':>9} {'floor ms':>9} {'share':>6} {'over AR':>8}"
+        f"{'batch':>5} {'prefix':>6} {'k':>3} {'step':20} {'queries':>7} {'ms':>9} {'floor ms':>9} {'share':>6} "
+        f"{'over AR':>8}"
     )
     for line in lines:
         print(
-            f"{line['batch']:5} {line['prefix']:6} {line['step']:20} {line['queries']:7} {line['milliseconds']:9.4f} "
+            f"{line['batch']:5} {line['prefix']:6} {line['draft_len']:3} {line['step']:20} {line['queries']:7} "
+            f"{line['milliseconds']:9.4f} "
             f"{line['floor_milliseconds']:9.4f} {line['share']:6.1%} {line['over_ar']:7.2f}x"
         )
     _end(lines, record)

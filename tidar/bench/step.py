@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ def model_of(name: str | None, size: str | None, layers: int | None, dtype: str 
 
 @torch.inference_mode()
 def run(
-    core: CausalLM, *, draft_len: int, prefixes: Sequence[int], rows: Sequence[int], sampled: bool = False
+    core: CausalLM, *, draft_lens: Sequence[int], prefixes: Sequence[int], rows: Sequence[int], sampled: bool = False
 ) -> list[dict[str, Any]]:
-    """One line a kind of step, batch and prefix.
+    """One line a kind of step, draft length, batch and prefix.
 
     Each has ``milliseconds``, ``floor_milliseconds``, ``share`` (floor over time), ``over_ar`` (time over that of the
     autoregressive step measured in turn with it), and the rates that the floors rest on.
@@ -81,11 +82,11 @@ def run(
         raise TidarError(f"steps cannot be timed: {why}")
     engine, rate = Engine(core), rates(core.device)
     flags = Flags(sampling=sampled, filtering=sampled, penalty=False)
-    shapes = step_shapes(draft_len)
     lines = []
-    for count in rows:
-        for prefix in prefixes:
-            slots = at_rest(engine, count, prefix)
+    for count, prefix in product(rows, prefixes):
+        slots = at_rest(engine, count, prefix)
+        for draft_len in draft_lens:
+            shapes = step_shapes(draft_len)
             calls = [engine.step(slots, shape, flags) for shape in shapes.values()]
             times = interleaved(calls, rounds=ROUNDS, repeat=REPEAT)
             for (name, shape), seconds in zip(shapes.items(), times, strict=True):
@@ -95,6 +96,7 @@ def run(
                         "model": Path(core.path).name,
                         "dtype": str(core.dtype).removeprefix("torch."),
                         "step": name,
+                        "draft_len": draft_len,
                         "queries": shape.queries,
                         "batch": count,
                         "prefix": prefix,
@@ -107,5 +109,5 @@ def run(
                         "rates": asdict(rate),
                     }
                 )
-            engine.forget(slots)
+        engine.forget(slots)
     return lines
