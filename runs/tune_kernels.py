@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from tidar.kernels.product_tiles import candidates, default_tiles, graph_time
+from tidar.kernels.reference_products import Ready
 from tidar.kernels.workspace import Tiles, Workspace, tiles
 from tidar.provenance import record
 
@@ -107,22 +108,26 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def _product(case: Case, copies: int | None) -> Callable[[Any], list[Callable[[], object]]]:
-    from tidar.kernels import products
+    from tidar.kernels import products, residual
 
     size = SIZES[case.size]
     # A model whose weights all fit into the cache has them there.
     many = size.layers if case.size == "17m" else max(1, TOGETHER // (2 * case.features * case.depth))
     weights = [_random(case.features, case.depth) * 0.02 for _ in range(copies or many)]
     x, norm = _random(case.rows, case.depth), torch.ones(case.depth, device="cuda").bfloat16()
+    after = torch.ones(case.features, device="cuda").bfloat16()
+    ready = Ready(x, torch.ones(case.depth // 16, case.rows, device="cuda"))
     y = torch.zeros(case.rows, case.features, device="cuda").bfloat16()
     logits = torch.empty(case.rows, case.features, device="cuda") if case.kind == "head" else y
 
     def run(cut: Any, weight: torch.Tensor) -> object:
         if case.kind == "linear_add":
-            return products.linear_add(y, x, weight, tiles=cut)
+            if cut is None:
+                return residual.linear_add_norm(y, x, weight, None, after, eps=1e-6)
+            return products.linear_add(y, x, weight, norm=after, tiles=cut)
         if case.kind == "norm_gated":
-            return products.norm_gated(x, norm, weight, eps=1e-6, tiles=cut)
-        return products.norm_linear(x, norm, weight, eps=1e-6, out=logits, tiles=cut)
+            return products.norm_gated(x, norm, weight, eps=1e-6, tiles=cut, ready=ready)
+        return products.norm_linear(x, norm, weight, eps=1e-6, out=logits, tiles=cut, ready=ready)
 
     return lambda cut: [lambda w=w: run(cut, w) for w in weights]  # type: ignore[misc]
 

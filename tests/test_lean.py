@@ -47,7 +47,7 @@ def test_steps_equal_the_general_path(family: str, converted: Callable[[str], Pa
         for k, proposals, accepted in ((3, (1, 2, 3), (2, 3)), (1, (), (1, 1)), (4, (2,), (4, 1)), (2, (1, 2), (1, 2))):
             drafts = torch.randint(200, (2, k), generator=torch.Generator().manual_seed(k))
             step = Step(network, slots, Shape(k, proposals, k), greedy)
-            x = network.hidden(drafts, step._layout, slots)
+            x = network.hidden(drafts, step._layout, slots).x
             found = KERNELS.norm(x, lean.norm, eps=lean.eps).view(2, -1, x.shape[1])
             for row in range(2):
                 expected = general(model, texts[row], k, proposals, drafts[row])

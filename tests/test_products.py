@@ -18,9 +18,10 @@ from torch import Tensor
 from tidar.errors import TidarError
 from tidar.kernels import reference_products as twin
 from tidar.kernels.product_tiles import ProductTiles, candidates, default_tiles, graph_time
+from tidar.kernels.reference_products import Ready
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-from tidar.kernels import pdl, products  # noqa: E402
+from tidar.kernels import pdl, products, rowwise  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -116,17 +117,54 @@ def test_norm_gated(case: Case, tiles: ProductTiles | None) -> None:
     assert agree(out, exact(twin.norm_gated, given), case.dtype)
 
 
-@pytest.mark.parametrize("tiles", TILES_AND_CUBLAS.values(), ids=TILES_AND_CUBLAS.keys())
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
 @pytest.mark.parametrize("case", [c for c in CASES.values() if not c.chosen], ids=str)
-def test_linear_add(case: Case, tiles: ProductTiles | None) -> None:
+def test_linear_add(case: Case, tiles: ProductTiles) -> None:
     given = case.tensors()
     x = case.out(case.features).copy_(torch.randn(case.rows, case.features))
-    if tiles is None:
-        x = x.to(case.dtype)  # cuBLAS adds to its own dtype
     given = {"x": x, "a": given["x"], "weight": given["weight"], "bias": given["bias"]}
-    wanted = exact(twin.linear_add, given)
-    assert products.linear_add(**given, tiles=tiles) is x
-    assert agree(x, wanted, case.dtype)
+    wanted: dict[str, Any] = {n: None if t is None else t.double() for n, t in given.items()}
+    twin.linear_add(**wanted)
+    assert products.linear_add(**given, tiles=tiles) is None
+    assert agree(x, wanted["x"], case.dtype)
+
+
+@pytest.mark.parametrize("tiles", TILES_AND_CUBLAS.values(), ids=TILES_AND_CUBLAS.keys())
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.norm and not c.bias], ids=str)
+def test_a_norm_between_two_products(case: Case, tiles: ProductTiles | None) -> None:
+    """The product before leaves what the one behind needs, whichever tiles either has."""
+    given = case.tensors()
+    x, rows, norm = given["x"].nan_to_num(1.0), given["rows"], given["norm"]
+    a, weight = torch.randn(len(x), 32, device=DEVICE).to(case.dtype), torch.randn(case.depth, 32, device=DEVICE)
+    ready = products.linear_add(x, a, weight.to(case.dtype), norm=norm, tiles=SOME if tiles in (ONE, FEW) else FEW)
+    assert ready is not None and ready.squares is not None
+    torch.testing.assert_close(ready.squares.sum(0), x.float().pow(2).sum(1))
+    kept, given = x.clone(), given | {"x": x}
+    x_gone = given | {"x": torch.full_like(x, torch.nan)}  # cuBLAS cannot use what was left
+    out = products.norm_linear(**(given if tiles is None else x_gone), ready=ready, tiles=tiles)
+    assert agree(out, exact(twin.norm_linear, given), case.dtype) and torch.equal(x, kept)
+    if rows is None and case.features % 2 == 0:
+        both = (given if tiles is None else x_gone) | {"ready": ready, "tiles": tiles}
+        del both["rows"], given["rows"]
+        assert agree(products.norm_gated(**both), exact(twin.norm_gated, given), case.dtype)
+    # Rows that are normed already, as `linear_add_norm` leaves them.
+    done = Ready(rowwise.norm(x, norm, eps=given["eps"]), None)
+    out = products.norm_linear(**x_gone, ready=done, tiles=tiles)
+    assert agree(out, exact(twin.norm_linear, given | {"rows": rows}), case.dtype)
+
+
+def test_a_norm_of_what_was_normed() -> None:
+    x, weight, gate = (
+        torch.randn(5, 48, device=DEVICE),
+        torch.randn(48, device=DEVICE),
+        torch.randn(20, 48, device=DEVICE),
+    )
+    squares = torch.full((1, 5), torch.nan, device=DEVICE)
+    made = rowwise.norm(x, weight, eps=1e-2, squares=squares)
+    torch.testing.assert_close(squares[0], made.pow(2).sum(1))
+    given: dict[str, Any] = {"x": made, "norm": torch.ones_like(weight), "weight": gate, "eps": 1e-2}
+    out = products.norm_linear(**given, ready=Ready(made, squares), tiles=FEW)
+    assert agree(out, exact(twin.norm_linear, given), torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -134,10 +172,10 @@ def test_norm_and_gated(case: Case) -> None:
     given, out = case.tensors(), case.out(case.depth)
     rows = given["rows"].int() if case.chosen else None
     given = {"x": given["x"], "weight": case.tensors(1)["weight"][0], "eps": 1e-2, "rows": rows}
-    assert products.norm(**given, out=out) is out
+    assert rowwise.norm(**given, out=out) is out
     assert agree(out, exact(twin.norm, given), case.dtype)
-    gu, out = (products.norm(**given) * 3), case.out(case.depth // 2)
-    assert products.gated(gu, out) is out
+    gu, out = (rowwise.norm(**given) * 3), case.out(case.depth // 2)
+    assert rowwise.gated(gu, out) is out
     assert agree(out, twin.gated(gu.double()), case.dtype)
 
 
@@ -205,7 +243,9 @@ def test_twin_is_the_modules() -> None:
     torch.testing.assert_close(twin.norm_gated(x[rows], norm, weight, bias, eps=eps), wanted)
     torch.testing.assert_close(twin.gated(y), wanted)
     a = x[rows] * 1
-    torch.testing.assert_close(twin.linear_add(a.clone(), a, a.T @ a), a + a @ (a.T @ a))
+    x = a.clone()
+    twin.linear_add(x, a, a.T @ a)
+    torch.testing.assert_close(x, a + a @ (a.T @ a))
 
 
 # --- planted faults ---
@@ -336,7 +376,7 @@ def test_more_mistakes() -> None:
     with pytest.raises(TidarError, match="2·F"):
         products.norm_gated(torch.zeros(2, 16), None, torch.zeros(3, 16))
     with pytest.raises(TidarError, match="2·F"):
-        products.gated(torch.zeros(2, 17))
+        rowwise.gated(torch.zeros(2, 17))
     for sizes in ((24, 16, 16, 4, 2), (8, 16, 16, 4, 2), (16, 4, 16, 4, 2), (16, 16, 8, 4, 2), (16, 16, 16, 4, 0)):
         with pytest.raises(TidarError, match="powers of 2"):
             ProductTiles(*sizes)
@@ -366,14 +406,17 @@ for rows in (1, 16, 32, 64, 256):
         if plan is None and rows < 256:
             continue
         plan = plan or list(candidates(rows, features, depth, 2))[-1]
-        gates, normed = name == "mlp", name not in ("out", "down") and plan.rows <= products.FUSED and not plan.tma
+        gates, add, chosen = name == "mlp", name in ("out", "down"), name == "head" and not plan.tma
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
         split = plan.splits > 1
-        given = dict(norm=normed, rows=normed and name == "head", bias=name == "qkv", part=split, arrived=split)
-        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(ADD=name in ("out", "down"), PDL=1 + (plan.rows < 64))
+        given = dict(squares=not add, rows=chosen, bias=name == "qkv", part=split, arrived=split)
+        given |= dict.fromkeys(("norm", "scaled", "squared"), add)
+        fixed |= dict.fromkeys([n for n in given if not given[n]])
+        fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
         names = product.arg_names
-        types = dict.fromkeys(("x", "norm", "weight", "bias"), "*bf16") | dict(rows="*i64", eps="fp32")
-        types |= dict(out="*fp32" if name == "head" else "*bf16", part="*fp32", arrived="*i32")
+        types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16") | dict(rows="*i64", eps="fp32")
+        types |= dict.fromkeys(("squares", "squared", "part"), "*fp32") | dict(arrived="*i32")
+        types |= dict(out="*fp32" if name == "head" else "*bf16")
         types |= dict.fromkeys(fixed, "constexpr")
         if plan.tma:
             types["x"] = f"tensordesc<bf16[{{plan.rows}},{{plan.depth}}]>"

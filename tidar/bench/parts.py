@@ -78,13 +78,13 @@ def _parts(engine: Engine, slots: Slots, count: int, prefix: int) -> dict[str, C
 
     def run(attention: bool, mlp: bool) -> None:
         # On a copy: what grows over and over ends in infinities, and those are quicker than numbers.
-        y, normed = x.clone(), None
+        y, ready = x.clone(), None
         for number in range(len(lean.layers)):
             if attention:
-                normed = lean.attention(y, normed, number, attend)
+                ready = lean.attention(y, ready, number, attend)
             if mlp:
-                normed = lean.mlp(y, normed, number)
+                ready = lean.mlp(y, ready, number)
             if not (attention and mlp):
-                normed = None  # it was for the other half
+                ready = None  # it was for the other half
 
     return {"total": lambda: run(True, True), "attention": lambda: run(True, False), "mlp": lambda: run(False, True)}

@@ -19,7 +19,7 @@ from tidar.decode.planner import Clock, Measured, Plan
 from tidar.decode.policy import Shape, shapes
 from tidar.fast import ops
 from tidar.fast.latency import Latency
-from tidar.fast.lean import LeanModel
+from tidar.fast.lean import Hidden, LeanModel
 from tidar.fast.pages import Pages, pages_for
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags, Network, Step, StepLayout
@@ -187,15 +187,15 @@ class Engine:
                 slots.lengths[row] = start + len(piece)
             last[row] = hidden
         base = torch.arange(slots.rows, dtype=torch.int32, device=device)[:, None] * (1 + masks)
-        x = last.view(-1, width)
-        certain = network.sample(x, base, slots, flags, first=0, drafts=None)
+        ends = Hidden(last.view(-1, width))
+        certain = network.sample(ends, base, slots, flags, first=0, drafts=None)
         slots.drafts[:, :1] = certain
         if flags.penalty:
             slots.seen.scatter_(1, certain, True)
         if masks > 1:
             states = base + torch.arange(2, 1 + masks, dtype=torch.int32, device=device)
             made = torch.ones(states.shape, dtype=torch.bool, device=device)
-            network.draft(x, states, made, slots, flags)
+            network.draft(ends, states, made, slots, flags)
         return certain[:, 0], forwards
 
     def _piece(self, slots: Slots, row: int, piece: Sequence[int], masks: int) -> Tensor:
@@ -228,5 +228,5 @@ class Engine:
                 ),
             ),
         )
-        x = network.hidden(tokens.to(device), layout, slots)
+        x = network.hidden(tokens.to(device), layout, slots).x
         return torch.cat([x[count - 1 : count], x[size:]])

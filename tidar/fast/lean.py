@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
 from tidar.kernels.product_tiles import ProductTiles, default_tiles
+from tidar.kernels.reference_products import Ready
 from tidar.model import CausalLM
 
-__all__ = ["FAMILIES", "Attend", "Layer", "LeanModel", "refusal"]
+__all__ = ["FAMILIES", "Attend", "Hidden", "Layer", "LeanModel", "refusal"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Pre-norm, RMS norms, rotary positions, gated SiLU, no other scaling."""
@@ -45,6 +46,18 @@ class Layer:
     down: Tensor  # (D, F)
     down_bias: Tensor | None
     window: int | None
+
+
+class Hidden(NamedTuple):
+    """Hidden states.
+
+    Attributes:
+        x: (N, D), before the last norm.
+        ready: what their making left for that norm, if anything.
+    """
+
+    x: Tensor
+    ready: Ready | None = None
 
 
 Attend = Callable[[int, Layer, Tensor], Tensor]
@@ -105,6 +118,7 @@ class LeanModel:
         self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.norm: Tensor = body.norm.weight.detach()
         self.head: Tensor = hf.get_output_embeddings().weight.detach()
+        self._ones = torch.ones_like(self.norm)
 
     @torch.no_grad()
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -127,63 +141,71 @@ class LeanModel:
         brought = linear(table, made.token.weight.to(wide))
         return made.state.weight.detach(), brought.to(self.embedding.dtype), mix.to(self.embedding.dtype)
 
-    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
-        """Last hidden states (N, D), before the last norm, of embeddings ``x`` (N, D), which are overwritten."""
-        normed = None
+    def __call__(self, x: Tensor, attend: Attend) -> Hidden:
+        """Last hidden states of embeddings ``x`` (N, D), which are overwritten."""
+        ready = None
         for number in range(len(self.layers)):
-            normed = self.attention(x, normed, number, attend)
-            normed = self.mlp(x, normed, number)
-        return x
+            ready = self.attention(x, ready, number, attend)
+            ready = self.mlp(x, ready, number)
+        return Hidden(x, ready)
 
-    def attention(self, x: Tensor, normed: Tensor | None, number: int, attend: Attend) -> Tensor | None:
+    def attention(self, x: Tensor, ready: Ready | None, number: int, attend: Attend) -> Ready | None:
         """The first half of layer ``number``, added to ``x`` (N, D).
 
         Args:
             x: the residual stream.
-            normed: its norm for this half, if the half before made it.
+            ready: what its making left for the norm of this half.
             number: of the layer.
             attend: what its heads attend to.
 
         Returns:
-            The norm of ``x`` for the half behind, if it came with the sum; None where the product behind makes it.
+            The same for the half behind.
         """
         layer = self.layers[number]
-        given = (x, layer.norm) if normed is None else (normed, None)
         tiles = _cut(layer.qkv, len(x))
-        heads = self._ops.norm_linear(*given, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles)
+        heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles, ready=ready)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
         return self._add(x, mixed, layer.out, layer.out_bias, layer.mlp_norm)
 
-    def mlp(self, x: Tensor, normed: Tensor | None, number: int) -> Tensor | None:
+    def mlp(self, x: Tensor, ready: Ready | None, number: int) -> Ready | None:
         """The second half of layer ``number``; arguments and result as `attention`'s."""
         layer = self.layers[number]
-        given = (x, layer.mlp_norm) if normed is None else (normed, None)
         tiles = _cut(layer.gate_up, len(x))
-        gated = self._ops.norm_gated(*given, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles)
-        last = number + 1 == len(self.layers)  # the head norms the rows that it reads
-        return self._add(x, gated, layer.down, layer.down_bias, None if last else self.layers[number + 1].norm)
+        gated = self._ops.norm_gated(
+            x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles, ready=ready
+        )
+        norm = self.layers[number + 1].norm if number + 1 < len(self.layers) else self.norm
+        return self._add(x, gated, layer.down, layer.down_bias, norm)
 
-    def _add(self, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None) -> Tensor | None:
-        """``x += a · weightᵀ + bias``, and perhaps the norm of the sum."""
+    def _add(self, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor) -> Ready | None:
+        """``x += a · weightᵀ + bias``; what is left for the norm of the sum."""
         tiles = _cut(weight, len(x))
         if tiles is None:
-            normed: Tensor | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
-            return normed
-        self._ops.linear_add(x, a, weight, bias, tiles=tiles)
-        return None
+            left: Ready | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
+        else:
+            left = self._ops.linear_add(x, a, weight, bias, norm, tiles=tiles)
+        return left
 
-    def logits(self, x: Tensor, rows: Tensor | None, *, norm: bool = True) -> Tensor:
-        """Logits (R, V) float32 (float64 of a float64 model) of the hidden states ``x[rows]``; rows (R,) int32."""
-        count = len(x if rows is None else rows)
-        return self.wide(x, self.norm if norm else None, self.head, self.eps, rows, count)
+    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """Logits (R, V) float32 (float64 of a float64 model) of the chosen ``rows`` (R,) int32."""
+        return self._wide(hidden.x, self.norm, self.head, self.eps, rows, hidden.ready)
 
-    def wide(
-        self, x: Tensor, norm: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None, count: int
+    def draft_logits(self, hidden: Hidden, rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (R, V) of ``rows``, and what a transition's ``gate`` (W, D) takes from them (R, W), both float32."""
+        squares = torch.empty(1, len(rows), dtype=torch.float32, device=rows.device)
+        x = self._ops.norm(hidden.x, self.norm, eps=self.eps, rows=rows, squares=squares)
+        base = self._wide(x, None, self.head, self.eps, None, None)
+        # The transition norms what it takes, without weights (`tidar.transition`).
+        return base, self._wide(x, self._ones, gate, float(torch.finfo(x.dtype).eps), None, Ready(x, squares))
+
+    def _wide(
+        self, x: Tensor, norm: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None, ready: Ready | None
     ) -> Tensor:
         """A product (R, F) of ``x[rows]``, normed, in float32 at least."""
+        count = len(x if rows is None else rows)
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         tiles = _cut(weight, count)
-        made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles)
+        made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles, ready=ready)
         return made
 
 

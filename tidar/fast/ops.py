@@ -24,9 +24,9 @@ def load(*, plain: bool) -> Any:
             names |= {name: getattr(module, name) for name in module.__all__}
         names["exchange"] = lambda *_: None
     else:
-        from tidar.kernels import accept, chain, products, residual, rotate, sample, step_attention
+        from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, step_attention
 
-        for module in (accept, chain, products, residual, rotate, sample, step_attention):
+        for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
         make = chain.Exchange.for_step
         names["exchange"] = lambda rows, places, vocab, device: make(rows, places, vocab, device=device)

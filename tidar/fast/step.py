@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tidar import layout
 from tidar.decode.policy import Shape
-from tidar.fast.lean import Attend, Layer, LeanModel
+from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
 from tidar.kernels.workspace import Workspace
 
@@ -73,12 +73,11 @@ class Network:
         self.suppressed[list(core.suppressed)] = True
         self.mask_id = core.spec.mask_token_id if core.spec else 0
         self.transition = lean.transition()
-        self._ones = torch.ones_like(lean.norm)  # the weights of a norm without any
         # What attention's splits are chosen for; behind longer prefixes they are long, but still right.
         self.longest = min(2048, core.max_positions // 2)
 
-    def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Tensor:
-        """Hidden states (B·L, D) of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
+    def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Hidden:
+        """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
         rows, queries = len(tokens), len(layout.offsets)
         x = self.ops.embed(tokens, self.lean.embedding, self.mask_id, queries, layout.causal)
         return self.lean(x.view(rows * queries, -1), self.attending(rows, layout, slots))
@@ -116,10 +115,10 @@ class Network:
         return attend
 
     def sample(
-        self, x: Tensor, rows: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None
+        self, hidden: Hidden, rows: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None
     ) -> Tensor:
-        """Tokens (B, R) behind the hidden states ``x[rows]``, rows (B, R) int32, ``first`` behind the rows' lengths."""
-        logits = self.lean.logits(x, rows.view(-1)).view(*rows.shape, -1)
+        """Tokens (B, R) behind the chosen hidden states, rows (B, R) int32, ``first`` behind the rows' lengths."""
+        logits = self.lean.logits(hidden, rows.view(-1)).view(*rows.shape, -1)
         sampled: Tensor = self.ops.sample(
             logits,
             slots.params,
@@ -134,22 +133,19 @@ class Network:
         )
         return sampled
 
-    def draft(self, x: Tensor, states: Tensor, made: Tensor, slots: Slots, flags: Flags) -> None:
+    def draft(self, hidden: Hidden, states: Tensor, made: Tensor, slots: Slots, flags: Flags) -> None:
         """Choose the drafts behind the certain tokens from the masks' hidden states ``x[states]``, both (B, M - 1).
 
         A draft that nobody made is token 0: any draft is exact.
         """
         drafts = slots.drafts[:, 1 : 1 + states.shape[1]]
         if self.transition is None:
-            chosen = self.sample(x, states, slots, flags, first=1, drafts=None)
+            chosen = self.sample(hidden, states, slots, flags, first=1, drafts=None)
             drafts.copy_(chosen * made)
             return
         lean, ops = self.lean, self.ops
         gate, table, mix = self.transition
-        rows = states.view(-1)
-        hidden = ops.norm(x, lean.norm, eps=lean.eps, rows=rows)
-        base = lean.logits(hidden, None, norm=False)
-        state = lean.wide(hidden, self._ones, gate, float(torch.finfo(hidden.dtype).eps), None, len(hidden))
+        base, state = lean.draft_logits(hidden, states.view(-1), gate)
         ops.chain(
             base.view(*states.shape, -1),
             state.view(*states.shape, -1),
@@ -165,7 +161,7 @@ class Network:
             sampling=flags.sampling,
             out=drafts,
             exchange=slots.once(
-                ("exchange", base.shape), lambda: ops.exchange(*states.shape, len(lean.head), x.device)
+                ("exchange", base.shape), lambda: ops.exchange(*states.shape, len(lean.head), base.device)
             ),
         )
 
@@ -213,8 +209,8 @@ class Step:
     def __call__(self) -> None:
         network, slots, flags = self._network, self._slots, self._flags
         k = self.shape.drafts
-        x = network.hidden(slots.drafts, self._layout, slots)
-        sampled = network.sample(x, self._verify, slots, flags, first=1, drafts=slots.drafts[:, :k])
+        hidden = network.hidden(slots.drafts, self._layout, slots)
+        sampled = network.sample(hidden, self._verify, slots, flags, first=1, drafts=slots.drafts[:, :k])
         states, made = network.ops.accept(
             sampled,
             slots.drafts,
@@ -230,4 +226,4 @@ class Step:
             seen=slots.seen if flags.penalty else None,
         )
         if self._masks > 1:
-            network.draft(x, states, made, slots, flags)
+            network.draft(hidden, states, made, slots, flags)

@@ -1,5 +1,8 @@
 """The kernel of `tidar.kernels.products`: a tile of a matrix product with what stands before and behind it.
 
+A norm is divided between two products: the one before it knows the rows' numbers and leaves them times the norm's
+weight, with each tile's sums of squares; the one behind it multiplies those and divides by the root of the sums' mean.
+
 Three ways to the sums, by the rows of a tile (`tidar.kernels.product_tiles`): a single one is multiplied and summed
 without tensor cores; up to 32 are too few for Hopper's own matrix instructions, so the warps share the depth; from 64
 on those instructions read both tiles from shared memory.
@@ -57,14 +60,16 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def product(
-    x, rows, norm, weight, bias, out, part, arrived, count, eps, x_row, out_row,
-    D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr,
+    x, rows, squares, weight, bias, out, norm, scaled, squared, part, arrived, count, eps, x_row, squares_row, out_row,
+    D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once.
 
-    With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D).
+    With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D). ``squares`` are
+    CHUNKS sums for each row of x, HELD the power of 2 that holds them; ``scaled`` and ``squared`` are left for the
+    product behind.
     """
     HALVES: tl.constexpr = 2 if GATES else 1
     TAKEN: tl.constexpr = COLS // HALVES
@@ -87,13 +92,17 @@ def product(
     if not TMA:
         w_at += k
         x_at = x + chosen.to(tl.int64)[:, None] * x_row + k
+    if squares is not None:
+        chunk = tl.arange(0, HELD)
+        sums = squares + chunk[:, None] * squares_row + chosen[None, :]
+        sums = tl.load(sums, mask=(chunk < CHUNKS)[:, None] & real[None, :], other=0.0)
+        inverse = tl.rsqrt(tl.sum(sums, 0) / D + eps)
     start, end = 0, D
     if SPLITS > 1:
         SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
         start = tl.program_id(2) * SHARE
         end = tl.minimum(start + SHARE, D)
     acc = _sums(ROWS, COLS, DEPTH, SLICES)
-    squares = _sums(ROWS, ROWS, DEPTH, SLICES)
 
     for d in tl.range(start, end, DEPTH, num_stages=STAGES):
         if TMA:
@@ -102,12 +111,6 @@ def product(
         else:
             taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
             w = tl.load(w_at + d)
-        if norm is not None:
-            # The diagonal of x·xᵀ: a plain sum would want x from shared memory in another order than the product does.
-            squares = _accumulate(squares, taken, taken, SLICES)
-            taken = taken.to(tl.float32) * tl.load(norm + d + k).to(tl.float32)
-            if ROWS > 1:
-                taken = taken.to(w.dtype)
         acc = _accumulate(acc, taken, w, SLICES)
 
     release(PDL)
@@ -122,9 +125,8 @@ def product(
         acc = tl.load(shares, cache_modifier=".cg")
         for split in range(1, SPLITS):
             acc += tl.load(shares + split * (ROWS * COLS), cache_modifier=".cg")
-    if norm is not None:
-        diagonal = tl.where(line[:, None] == line[None, :], _total(squares, ROWS, SLICES), 0.0)
-        acc *= tl.rsqrt(tl.sum(diagonal, 1) / D + eps)[:, None]
+    if squares is not None:
+        acc *= inverse[:, None]
     if bias is not None:
         acc += tl.load(bias + w_row).to(tl.float32)[None, :]
     if GATES:
@@ -135,4 +137,11 @@ def product(
     inside = real[:, None] & (column < F)[None, :]
     if ADD:
         acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
+    narrow = acc.to(out.dtype.element_ty)
+    tl.store(place, narrow, mask=inside)
+    if norm is not None:
+        wide = tl.where(inside, narrow.to(tl.float32), 0.0)  # as it was rounded: all see one residual stream
+        weighed = wide * tl.load(norm + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+        place = scaled + at.to(tl.int64)[:, None] * F + column[None, :]
+        tl.store(place, weighed.to(scaled.dtype.element_ty), mask=inside)
+        tl.store(squared + tl.program_id(1) * count + at, tl.sum(wide * wide, 1), mask=real)

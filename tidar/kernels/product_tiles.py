@@ -37,11 +37,11 @@ class ProductTiles:
         warps: warps of a program.
         stages: depths of the pipeline, one more than tiles in flight.
         splits: programs that share the depth of a tile; any number. The last of them adds their sums up, in their
-            order. Not for a norm within the product, which becomes a launch of its own.
+            order.
         ahead: numbers of each of its weight's rows that a program asks for, into the L2 cache, before the kernel ahead
             has finished; 0 or a power of 2. Nothing where kernels run one after another.
         tma: Hopper's tensor memory accelerator brings the tiles, from rows aligned to 16 bytes, instead of each thread
-            its copies; from 64 rows on. A norm and a choice of rows become launches of their own.
+            its copies; from 64 rows on. A choice of rows becomes a launch of its own.
 
     Raises:
         TidarError: sizes that cannot be.
@@ -152,7 +152,7 @@ SHAPES_16 = (
     (32, 16, 256, 4), (32, 32, 128, 2), (32, 32, 256, 4),
     (64, 32, 128, 4), (64, 64, 64, 4), (64, 128, 64, 4),
 )  # fmt: skip
-SHAPES_TMA = ((64, 64, 128, 4), (64, 128, 64, 4), (64, 256, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8))
+SHAPES_TMA = ((64, 64, 128, 4), (64, 128, 64, 4), (64, 256, 64, 4), (128, 128, 64, 8))
 SHAPES_32 = ((1, 8, 256, 4), (1, 16, 128, 4), (16, 16, 32, 4), (16, 32, 32, 4), (16, 32, 64, 4))
 
 

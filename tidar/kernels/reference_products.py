@@ -7,6 +7,8 @@ Legend: N rows, D depth of a product, F features.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
@@ -14,6 +16,7 @@ from torch.nn.functional import silu
 from tidar.errors import TidarError
 
 __all__ = [
+    "Ready",
     "check_add_norm",
     "check_product",
     "gated",
@@ -23,6 +26,19 @@ __all__ = [
     "norm_gated",
     "norm_linear",
 ]
+
+
+class Ready(NamedTuple):
+    """What the making of x left for the norm of it.
+
+    Attributes:
+        rows: (M, D), x times the norm's weight; with all rows divided by their root mean square if there are no
+            ``squares``.
+        squares: (C, M) float32 contiguous, sums of squares of x by chunks of its columns.
+    """
+
+    rows: Tensor
+    squares: Tensor | None
 
 
 def norm_linear(
@@ -35,25 +51,33 @@ def norm_linear(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     tiles: object = None,
+    ready: object = None,
 ) -> Tensor:
-    """A product of normalised rows; arguments as `tidar.kernels.products.norm_linear`, ``tiles`` is not read."""
+    """A product of normalised rows; arguments as `tidar.kernels.products.norm_linear`, the last two are not read."""
     check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
     return _into(out, _linear(_normed(x, norm, eps, rows), weight, bias), x)
 
 
-def linear_add(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None = None, *, tiles: object = None) -> Tensor:
-    """A product added in place; arguments as `tidar.kernels.products.linear_add`, ``tiles`` is not read."""
+def linear_add(
+    x: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    *,
+    tiles: object = None,
+) -> None:
+    """A product added in place; arguments as `tidar.kernels.products.linear_add`, the last two are not read."""
     check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
-    return _into(x, x + _linear(_normed(a, None, 0.0, None), weight, bias), x)
+    x.copy_(x + _linear(_normed(a, None, 0.0, None), weight, bias))
 
 
 def linear_add_norm(
     x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, *, eps: float
-) -> Tensor | None:
-    """A product added in place, and its norm; arguments as `tidar.kernels.residual.linear_add_norm`."""
+) -> None:
+    """A product added in place; arguments as `tidar.kernels.residual.linear_add_norm`, the last two are not read."""
     check_add_norm(x, a, weight, bias, norm, eps)
     linear_add(x, a, weight, bias)
-    return None if norm is None else _normed(x, norm, eps, None).to(x.dtype)
 
 
 def norm_gated(
@@ -65,21 +89,30 @@ def norm_gated(
     eps: float = 0.0,
     out: Tensor | None = None,
     tiles: object = None,
+    ready: object = None,
 ) -> Tensor:
-    """The first half of a gated MLP; arguments as `tidar.kernels.products.norm_gated`, ``tiles`` is not read."""
+    """The first half of a gated MLP; arguments as `tidar.kernels.products.norm_gated`, the last two are not read."""
     check_product(x, norm, weight, bias, eps, None, out, weight.shape[0] // 2)
     gate, up = _linear(_normed(x, norm, eps, None), weight, bias).chunk(2, -1)
     return _into(out, silu(gate) * up, x)
 
 
-def norm(x: Tensor, weight: Tensor, *, eps: float, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Normalised rows; arguments as `tidar.kernels.products.norm`."""
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    squares: object = None,
+) -> Tensor:
+    """Normalised rows; arguments as `tidar.kernels.rowwise.norm`, the last is not read."""
     check_product(x, weight, None, None, eps, rows, out, x.shape[-1])
     return _into(out, _normed(x, weight, eps, rows), x)
 
 
 def gated(gu: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gates applied; arguments as `tidar.kernels.products.gated`."""
+    """Gates applied; arguments as `tidar.kernels.rowwise.gated`."""
     check_product(gu, None, None, None, 0.0, None, out, gu.shape[-1] // 2)
     gate, up = _normed(gu, None, 0.0, None).chunk(2, -1)
     return _into(out, silu(gate) * up, gu)
@@ -99,9 +132,7 @@ def _into(out: Tensor | None, result: Tensor, like: Tensor) -> Tensor:
     return result.to(like.dtype) if out is None else out.copy_(result)
 
 
-def check_add_norm(
-    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float
-) -> None:
+def check_add_norm(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float) -> None:
     """`TidarError` unless the arguments fit together."""
     check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
     if x.dtype != a.dtype:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.product_tiles import PROCESSORS
-from tidar.kernels.products import norm as rms_norm
-from tidar.kernels.reference_products import check_add_norm
+from tidar.kernels.reference_products import Ready, check_add_norm
+from tidar.kernels.rowwise import norm as rms_norm
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["linear_add_norm", "slices"]
@@ -64,7 +64,7 @@ def slices(n_rows: int, features: int, depth: int) -> int:
 @torch.no_grad()
 def linear_add_norm(
     x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, *, eps: float
-) -> Tensor | None:
+) -> Ready | None:
     """``x += a · weightᵀ + bias`` in place, by cuBLAS, and ``rmsnorm(x) · norm`` of the sum, as x has it.
 
     Args:
@@ -76,7 +76,7 @@ def linear_add_norm(
         eps: of the norm, above 0; not read without one.
 
     Returns:
-        The normed rows (N, F), or None without ``norm``.
+        The normed rows, or None without ``norm``.
 
     Raises:
         TidarError: arguments that do not fit together.
@@ -86,7 +86,7 @@ def linear_add_norm(
     shares = slices(count, features, depth)
     if shares == 1:
         (x if bias is None else x.add_(bias)).addmm_(a, weight.T)
-        return None if norm is None else rms_norm(x, norm, eps=eps)
+        return None if norm is None else Ready(rms_norm(x, norm, eps=eps), None)
     parts = torch.empty(shares, count, features, dtype=torch.float32, device=x.device)
     left = a.view(count, shares, -1).transpose(0, 1)
     right = weight.view(features, shares, -1).permute(1, 2, 0)
@@ -102,4 +102,4 @@ def linear_add_norm(
         x, parts, bias, norm, out, eps, x.stride(0), parts.stride(0), SLICES=shares, F=features, WIDTH=width,
         num_warps=min(8, max(1, width // 512)), **options(x.device),
     )  # fmt: skip
-    return out
+    return None if out is None else Ready(out, None)
