@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -445,61 +442,3 @@ def test_mistakes(change: dict[str, Any], message: str) -> None:
         step_attention.attend(**(given | change))
     with pytest.raises(TidarError, match="powers of 2"):
         replace(case, tiles=Tiles(24, 16, 1, 4, 2)).workspace()
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from tidar.kernels import step_attention, workspace
-plan = workspace.tiles({B}, {L}, {Hq}, {Hk}, 128, 2048, itemsize={size})
-names = step_attention._attend.arg_names
-q, k = {Hq} * 128, {Hk} * 128
-fixed = dict(HEADS={Hk}, GROUP={Hq} // {Hk}, QUERIES={L}, CAUSAL={C}, BLOCK={C} if {P} else 0, D=128, WIDTH=128,
-    PAGE=64, WINDOW=0, SOFTCAP=False, ROWS=plan.rows, KEYS=plan.keys, SPLITS=plan.splits, sinks=None,
-    Q_STEPS=({L} * q, q, 128, 1), K_STEPS=({L} * k, k, 128, 1), V_STEPS=({L} * (q + k), q + k, 128, 1),
-    PAGE_STEPS=(64 * k, k, 128, 1), PDL=True, OWN=workspace.own_keys(plan, {C}, {C}, {P}, {Hq} // {Hk}),
-    **workspace.joining(plan, {L} * {Hq} // {Hk}, 128))
-types = dict.fromkeys(("q", "k", "v", "k_pages", "v_pages", "out"), "*{dtype}")
-types |= dict.fromkeys(("part", "peaks", "totals"), "*fp32")
-types |= dict.fromkeys(("table", "lengths", "levels", "arrived"), "*i32")
-types |= dict.fromkeys(("inner", "factor"), "fp32") | dict.fromkeys(fixed, "constexpr")
-types = {{n: types.get(n, "i32") for n in names}}
-even = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith(("*", "i32"))}}
-source = ASTSource(step_attention._attend, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
-options = dict(num_warps=plan.warps, num_stages=plan.stages)
-made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-open({path!r}, "wb").write(made.asm["cubin"])
-print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
-"""
-"""The interpreter takes programs that the compiler does not; the compiler needs no GPU."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [((1, 256, 12, 2, 16, 15), "bf16"), ((1, 256, 32, 8, 16, 15), "bf16"), ((1, 1, 12, 2, 1, 0), "bf16")]
-    + [((1, 256, 12, 2, 16, 15), "fp32")],
-)
-def test_compiles_for_hopper_without_spilling(sizes: tuple[int, ...], dtype: str, tmp_path: Any) -> None:
-    given = dict(zip(("B", "L", "Hq", "Hk", "C", "P"), sizes, strict=True))
-    program = COMPILE.format(**given, dtype=dtype, size=4 if dtype == "fp32" else 2, path=str(tmp_path / "cubin"))
-    (tmp_path / "compile.py").write_text(program)
-    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    shared, matrix = map(int, done.stdout.split())
-    assert shared <= 227 * 1024
-    assert (matrix > 0) == (given["L"] > 1 and dtype == "bf16"), "Hopper's matrix instructions, where rows are enough"
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-
-    def read(tool: str, option: str) -> str:
-        return subprocess.run([f"{tools}/{tool}", option, tmp_path / "cubin"], capture_output=True, text=True).stdout
-
-    assert " STACK:0 " in (used := read("cuobjdump", "--dump-resource-usage")), used
-    code = read("nvdisasm", "-c")
-    waits, products = code.count("WARPGROUP.DEPBAR"), code.count("HGMMA")
-    assert waits * 2 < products or not products, "matrix instructions are not serialised"
-    # The memory order of the counter: parts are stored before it is added to, and not read from a stale L1 line.
-    order = [code.index(name) for name in ("MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL")]
-    assert order == sorted(order)

@@ -35,16 +35,20 @@ class Model:
 
     Attributes:
         core: the network and its tokenizer, for training and for decoders of one's own.
+        deterministic: tokens are the same for all methods, draft lengths and batches in bf16 and float16 too.
     """
 
-    def __init__(self, core: CausalLM, *, fast: bool | None = None) -> None:
+    def __init__(self, core: CausalLM, *, fast: bool | None = None, deterministic: bool = False) -> None:
         self.core = core
         self._times: dict[int, planner.Times] = {}  # what steps take here, and what drafts are worth, learned by `auto`
         self._acceptance = planner.Acceptance()
         why = "it was not asked for" if fast is False else obstacle(core)
         if fast and why is not None:
             raise TidarError(f"no fast path: {why}; leave it to choose by itself")
-        self._engine = Engine(core) if why is None else None
+        if deterministic and why is not None:
+            raise TidarError(f"deterministic decoding takes the fast path, and {why}: use --dtype float32 instead")
+        self._engine = Engine(core, deterministic=deterministic) if why is None else None
+        self.deterministic = deterministic
 
     @property
     def fast(self) -> bool:
@@ -168,6 +172,8 @@ class Model:
             )
         if self._engine is not None and acceptance == "gumbel" and beta == 1 and length <= MOST:
             return self._fast_maker(self._engine, method, length, proposals)
+        if self.deterministic:
+            raise TidarError(f"deterministic decoding is by Gumbel noise, without beta, with drafts of at most {MOST}")
         if method == "auto":
             seen = self._acceptance
             return lambda: PlannedDecoder(self.core, draft_len=length, times=self._times, acceptance=seen)
@@ -192,6 +198,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     fast: bool | None = None,
+    deterministic: bool = False,
 ) -> Model:
     """Load a checkpoint.
 
@@ -201,6 +208,8 @@ def load(
         dtype: float32 on CPU and the checkpoint's own elsewhere by default.
         fast: decode with captured steps (`tidar.fast`), or never; by default where it is possible. The tokens are the
             same in float32.
+        deterministic: the tokens are the same for all methods, draft lengths and batches in bf16 and float16 too, at
+            some cost in speed (docs/benchmarks.md). Takes the fast path.
 
     Raises:
         TidarError: missing, damaged or unsupported checkpoint; device or dtype not available; no fast path though one
@@ -210,7 +219,7 @@ def load(
 
     path = checkpoint.embedded_checkpoint() if path_or_hub_id is None else path_or_hub_id
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype), fast=fast)
+    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype), fast=fast, deterministic=deterministic)
 
 
 def _positive(batch_size: int) -> int:

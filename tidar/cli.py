@@ -50,12 +50,15 @@ class Checkpoint:
     """By default float32 on cpu and the checkpoint's own elsewhere."""
     plain: bool = False
     """On a GPU, decode without captured steps: slower, the same text."""
+    deterministic: bool = False
+    """On a GPU, in bfloat16 too, the same text whatever the method, draft length and batch: slower."""
 
     def load(self) -> Model:
         from tidar.api import load
 
         _quiet()
-        return load(self.model, device=self.device, dtype=self.dtype, fast=False if self.plain else None)
+        fast = False if self.plain else None
+        return load(self.model, device=self.device, dtype=self.dtype, fast=fast, deterministic=self.deterministic)
 
 
 @dataclass(frozen=True, kw_only=True)

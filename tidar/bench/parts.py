@@ -42,7 +42,7 @@ def run(core: CausalLM, *, prefixes: Sequence[int], queries: Sequence[int] = QUE
     for prefix in prefixes:
         slots = at_rest(engine, 1, prefix)
         for count in queries:
-            parts = {name: engine.captured(part) for name, part in _parts(engine, slots, count, prefix).items()}
+            parts = {name: engine.captured(part, count) for name, part in _parts(engine, slots, count, prefix).items()}
             times = interleaved(list(parts.values()), rounds=ROUNDS, repeat=REPEAT)
             lines.append(
                 {

@@ -23,7 +23,6 @@ from tidar.fast.lean import Hidden, LeanModel
 from tidar.fast.pages import Pages, pages_for
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags, Network, Step, StepLayout
-from tidar.kernels.workspace import Workspace
 from tidar.model import CausalLM
 
 __all__ = ["MOST", "ROWS", "Engine"]
@@ -34,6 +33,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Batches that graphs are captured for; others are padded."""
 LEAST_PREFIX = 256
 """Steps behind shorter ones are not told apart."""
+SHORT = 48 * 2**20
+"""Bytes of a weight, on average, up to which a product of few rows is short; some 12 microseconds of an H200."""
 PIECES = (64, 256, PREFILL_PIECE)
 """Prompt parts of one forward; others are padded. Few, because each is compiled for."""
 
@@ -55,6 +56,8 @@ class Engine:
     Args:
         core: a model that `tidar.fast.lean.refusal` does not refuse.
         plain: run the kernels' plain twins, uncaptured, on any device; for tests.
+        deterministic: a row's logits do not depend on what else is in a step, to the bit: all choices of tiles are
+            independent of it. So tokens are the same in bf16 too, whatever the method, draft length and batch.
 
     Attributes:
         core: the model.
@@ -62,10 +65,11 @@ class Engine:
         network: its lean form.
     """
 
-    def __init__(self, core: CausalLM, *, plain: bool = False) -> None:
+    def __init__(self, core: CausalLM, *, plain: bool = False, deterministic: bool = False) -> None:
         self.core, self.plain = core, plain
         kernels = ops.load(plain=plain)
-        self.network = Network(LeanModel(core, kernels), kernels, core.max_positions + MOST)
+        lean = LeanModel(core, kernels, deterministic=deterministic)
+        self.network = Network(lean, kernels, core.max_positions + MOST)
         self._pages: Pages | None = None
         self._slots: list[tuple[Slots, weakref.ref[object]]] = []
         self.latency = Latency(core)
@@ -120,15 +124,15 @@ class Engine:
     @torch.inference_mode()
     def _ready(self, slots: Slots, step: Step) -> Callable[[], object]:
         with slots.untouched():
-            return self.captured(step)
+            return self.captured(step, slots.rows * step.shape.queries)
 
-    def captured(self, call: Callable[[], object]) -> Callable[[], object]:
-        """``call`` as a CUDA graph, after it ran twice; itself where there are no graphs."""
+    def captured(self, call: Callable[[], object], rows: int) -> Callable[[], object]:
+        """``call``, whose products have so many rows, as a CUDA graph, after it ran twice; itself without graphs."""
         if self.plain or self.core.device.type != "cuda":
             return call
         from tidar.kernels.pdl import overlapping
 
-        with overlapping(self._in_cache()):
+        with overlapping(self._overlaps(rows)):
             # Kernels are compiled, and libraries make their handles, outside of the capture.
             call()
             call()
@@ -138,13 +142,14 @@ class Engine:
                 call()
         return Captured(graph, call)
 
-    def _in_cache(self) -> bool:
-        """All weights fit into the L2 cache. Then a step is a row of launches that wait for one another, and letting
-        them overlap pays; where weights stream from memory it was measured to cost (docs/benchmarks.md)."""
+    def _overlaps(self, rows: int) -> bool:
+        """Launches overlap, which was measured to pay where they are short (docs/benchmarks.md): with all weights in
+        the L2 cache, and with few rows and weights that take a few microseconds to read."""
         lean = self.network.lean
         weights = [w for layer in lean.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        held = sum(w.nbytes for w in [*weights, lean.head])
-        return bool(held <= torch.cuda.get_device_properties(self.core.device).L2_cache_size)
+        held = sum(w.nbytes for w in weights)
+        cache = torch.cuda.get_device_properties(self.core.device).L2_cache_size
+        return bool(held + lean.head.nbytes <= cache or (rows <= 32 and held <= SHORT * len(weights)))
 
     @torch.inference_mode()
     def clock(self, slots: Slots, plans: Sequence[Plan], flags: Flags) -> Clock:
@@ -155,6 +160,8 @@ class Engine:
         first = [Shape(1, (1,), plan.draft_len) for plan in plans if plan.draft_len > 1]
         every = {shape.queries: shape for shape in [*first, *(shape for plan in plans for shape in shapes(plan))]}
         key = f"{slots.rows} rows, prefix {prefix}, {flags}"
+        if self.network.lean.deterministic:
+            key += ", deterministic"
         known = self.latency.get(key)
         if any(queries not in known for queries in every):
             if sys.stderr.isatty():
@@ -201,7 +208,7 @@ class Engine:
     def _piece(self, slots: Slots, row: int, piece: Sequence[int], masks: int) -> Tensor:
         """Hidden states (1 + masks, D) of a piece's last token and of the masks behind it."""
         network, device = self.network, slots.device
-        lean, count = network.lean, len(piece)
+        count = len(piece)
         size = next(n for n in PIECES if n >= count)
         tokens = torch.zeros(1, size, dtype=torch.long)
         tokens[0, :count] = torch.tensor(piece)
@@ -216,16 +223,7 @@ class Engine:
             table=slots.table[one],
             workspace=slots.once(
                 ("prefill", size, masks),
-                lambda: Workspace.for_step(
-                    1,
-                    size + masks,
-                    lean.heads,
-                    lean.kv_heads,
-                    lean.head_dim,
-                    network.longest,
-                    dtype=lean.embedding.dtype,
-                    device=device,
-                ),
+                lambda: network.workspace(1, size + masks),
             ),
         )
         x = network.hidden(tokens.to(device), layout, slots).x

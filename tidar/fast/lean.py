@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
-from tidar.kernels.product_tiles import ProductTiles, default_tiles
+from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
 from tidar.kernels.reference_products import Ready
 from tidar.model import CausalLM
 
@@ -85,9 +85,11 @@ class LeanModel:
     Args:
         core: the model; its projections become views of the fused ones.
         ops: the kernels or their plain twins (`tidar.fast.ops`).
+        deterministic: a row's results do not depend on the rows beside it, to the bit.
 
     Attributes:
         core: the model.
+        deterministic: as given.
         layers: its layers' weights.
         heads, kv_heads, head_dim: Hq, Hk, H.
         scale: factor on attention scores.
@@ -100,13 +102,13 @@ class LeanModel:
         TidarError: another family, or a variant with something this path does not do.
     """
 
-    def __init__(self, core: CausalLM, ops: Any) -> None:
+    def __init__(self, core: CausalLM, ops: Any, *, deterministic: bool = False) -> None:
         if (why := refusal(core)) is not None:
             raise TidarError(f"{why}: use the general one")
         hf: Any = core.hf
         config, body = hf.config, hf.base_model
         attentions = [layer.self_attn for layer in body.layers]
-        self.core, self._ops = core, ops
+        self.core, self._ops, self.deterministic = core, ops, deterministic
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim: int = attentions[0].head_dim
         self.scale: float = attentions[0].scaling
@@ -162,7 +164,7 @@ class LeanModel:
             The same for the half behind.
         """
         layer = self.layers[number]
-        tiles = _cut(layer.qkv, len(x))
+        tiles = self._cut(layer.qkv, len(x))
         heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles, ready=ready)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
         return self._add(x, mixed, layer.out, layer.out_bias, layer.mlp_norm)
@@ -170,7 +172,7 @@ class LeanModel:
     def mlp(self, x: Tensor, ready: Ready | None, number: int) -> Ready | None:
         """The second half of layer ``number``; arguments and result as `attention`'s."""
         layer = self.layers[number]
-        tiles = _cut(layer.gate_up, len(x))
+        tiles = self._cut(layer.gate_up, len(x))
         gated = self._ops.norm_gated(
             x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles, ready=ready
         )
@@ -179,7 +181,7 @@ class LeanModel:
 
     def _add(self, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor) -> Ready | None:
         """``x += a · weightᵀ + bias``; what is left for the norm of the sum."""
-        tiles = _cut(weight, len(x))
+        tiles = self._cut(weight, len(x))
         if tiles is None:
             left: Ready | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
         else:
@@ -204,9 +206,16 @@ class LeanModel:
         """A product (R, F) of ``x[rows]``, normed, in float32 at least."""
         count = len(x if rows is None else rows)
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        tiles = _cut(weight, count)
+        tiles = self._cut(weight, count)
         made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles, ready=ready)
         return made
+
+    def _cut(self, weight: Tensor, count: int) -> ProductTiles | None:
+        """How a product of ``count`` rows with ``weight`` is cut up; None is cuBLAS."""
+        features, depth = weight.shape
+        if self.deterministic:
+            return fixed_tiles(features, depth, weight.element_size())
+        return default_tiles(count, features, depth, weight.element_size())
 
 
 def _layer(layer: Any, window: int | None) -> Layer:
@@ -228,12 +237,6 @@ def _layer(layer: Any, window: int | None) -> Layer:
         down_bias=_bias(mlp.down_proj),
         window=window,
     )
-
-
-def _cut(weight: Tensor, count: int) -> ProductTiles | None:
-    """How a product of ``count`` rows with ``weight`` is cut up; None is cuBLAS."""
-    features, depth = weight.shape
-    return default_tiles(count, features, depth, weight.element_size())
 
 
 def _bias(part: nn.Linear) -> Tensor | None:

@@ -10,7 +10,8 @@ __all__ = ["load"]
 
 def load(*, plain: bool) -> Any:
     """A namespace with ``embed``, ``norm_linear``, ``norm_gated``, ``linear_add``, ``linear_add_norm``, ``norm``,
-    ``rotate``, ``attend``, ``sample``, ``accept``, ``chain``, and ``exchange``, the memory of the last.
+    ``rotate``, ``attend``, ``rotate_attend``, ``sample``, ``accept``, ``chain``, and ``exchange``, the memory of the
+    last.
 
     Args:
         plain: the twins, which read device values on the host; else Triton's kernels, which a CUDA graph can capture.

@@ -17,7 +17,7 @@ from tidar import layout
 from tidar.decode.policy import Shape
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
-from tidar.kernels.workspace import Workspace
+from tidar.kernels.workspace import Workspace, fixed_tiles
 
 __all__ = ["Flags", "Network", "Step", "StepLayout"]
 
@@ -76,6 +76,13 @@ class Network:
         # What attention's splits are chosen for; behind longer prefixes they are long, but still right.
         self.longest = min(2048, core.max_positions // 2)
 
+    def workspace(self, rows: int, queries: int) -> Workspace:
+        """Where the splits of the layers' attention meet, in steps of so many rows and queries each."""
+        lean, dtype, device = self.lean, self.lean.embedding.dtype, self.lean.embedding.device
+        fixed = fixed_tiles(lean.head_dim, dtype.itemsize) if lean.deterministic else None
+        heads = lean.heads, lean.kv_heads, lean.head_dim
+        return Workspace.for_step(rows, queries, *heads, self.longest, dtype=dtype, device=device, chosen=fixed)
+
     def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Hidden:
         """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
         rows, queries = len(tokens), len(layout.offsets)
@@ -85,31 +92,27 @@ class Network:
     def attending(self, rows: int, layout: StepLayout, slots: Slots) -> Attend:
         """What the layers attend to: the rows' pages, and each other as ``layout`` says."""
         lean, ops, pages, queries = self.lean, self.ops, slots.pages, len(layout.offsets)
+        # In one launch every tile of queries turns the own keys it sees for itself: a few in a step, but all before it
+        # in a long prompt. And keys are not in the cache when it begins.
+        few = layout.causal <= 32 and not lean.deterministic
+        cached = layout.counts if lean.deterministic else None
 
         def attend(number: int, layer: Layer, heads: Tensor) -> Tensor:
             stores = pages.keys[number], pages.values[number], layout.table, layout.lengths
-            q, k, v = ops.rotate(
-                heads.view(rows, queries, -1, lean.head_dim),
-                layer.q_norm,
-                layer.k_norm,
-                self.cos,
-                self.sin,
-                layout.offsets,
-                *stores,
-                layout.counts,
-                eps=lean.eps,
-            )
-            out: Tensor = ops.attend(
-                q,
-                k,
-                v,
-                *stores,
-                layout.levels,
-                causal=layout.causal,
-                scale=lean.scale,
-                window=layer.window,
-                workspace=layout.workspace,
-            )
+            heads = heads.view(rows, queries, -1, lean.head_dim)
+            rotary = layer.q_norm, layer.k_norm, self.cos, self.sin
+            options = {
+                "causal": layout.causal,
+                "scale": lean.scale,
+                "window": layer.window,
+                "workspace": layout.workspace,
+            }
+            out: Tensor
+            if few:
+                out = ops.rotate_attend(heads, *rotary, *stores, layout.counts, layout.levels, eps=lean.eps, **options)
+            else:
+                q, k, v = ops.rotate(heads, *rotary, layout.offsets, *stores, layout.counts, eps=lean.eps)
+                out = ops.attend(q, k, v, *stores, layout.levels, cached=cached, **options)
             return out.view(rows * queries, -1)
 
         return attend
@@ -178,7 +181,7 @@ class Step:
 
     def __init__(self, network: Network, slots: Slots, shape: Shape, flags: Flags) -> None:
         self._network, self._slots, self._flags = network, slots, flags
-        rows, device, lean = slots.rows, slots.device, network.lean
+        rows, device = slots.rows, slots.device
         self.shape = shape
         k, proposals, masks = shape
         self._masks = masks if proposals else 1
@@ -194,16 +197,7 @@ class Step:
             counts=torch.full((rows,), k, dtype=torch.int32, device=device),
             lengths=slots.lengths,
             table=slots.table,
-            workspace=Workspace.for_step(
-                rows,
-                self._queries,
-                lean.heads,
-                lean.kv_heads,
-                lean.head_dim,
-                network.longest,
-                dtype=lean.embedding.dtype,
-                device=device,
-            ),
+            workspace=network.workspace(rows, self._queries),
         )
 
     def __call__(self) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["FLOOR", "combine", "last_to_come", "leave"]
+__all__ = ["FLOOR", "combine", "divided", "last_to_come", "leave"]
 
 FLOOR = tl.constexpr(-1e38)  # a running maximum of nothing: finite, so that no infinity is subtracted from another
 
@@ -39,6 +39,12 @@ def last_to_come(counter, used):
     if last:
         tl.store(counter, 0)
     return last
+
+
+@triton.jit
+def divided(acc, total):
+    """The mean of the values; zeros for a query that saw none, as those do that fill a prompt's piece up."""
+    return acc / tl.where(total == 0, 1.0, total)[:, None]
 
 
 @triton.jit
@@ -69,4 +75,4 @@ def combine(
             rows = tl.load(part + split * HELD * D + spot, mask=inside & there, other=0.0, cache_modifier=".cg")
             total += share * tl.load(totals + split * HELD + row, mask=there, other=0.0, cache_modifier=".cg")
             acc += share[:, None] * rows
-    return acc / total[:, None]
+    return divided(acc, total)

@@ -13,7 +13,7 @@ import torch
 from tidar.errors import TidarError
 from tidar.kernels.workspace import power_of_2
 
-__all__ = ["ProductTiles", "candidates", "default_tiles", "graph_time"]
+__all__ = ["ProductTiles", "candidates", "default_tiles", "fixed_tiles", "graph_time"]
 
 PROCESSORS = 132
 """Multiprocessors of a Hopper GPU."""
@@ -121,6 +121,17 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
     if n_rows <= 64 and fitting:
         return _cut((64, fitting[0], 128 if fitting[0] == 32 else 64, 4), depth, itemsize)
     return None
+
+
+def fixed_tiles(features: int, depth: int, itemsize: int) -> ProductTiles:
+    """Tiles for any number of rows, so that a row's product is the same bits alone and among others.
+
+    Arguments as `default_tiles`'. Of 64 rows in 16 bits: a single row wastes the matrix units, which wait for the
+    weight anyway, and many rows read it again for every 64 of them.
+    """
+    if itemsize > 2:
+        return _cut((16, 32, 32, 4), depth, itemsize)
+    return _cut((64, 64, 64, 4) if features >= 64 * PROCESSORS else (64, 32, 128, 4), depth, itemsize)
 
 
 def candidates(n_rows: int, features: int, depth: int, itemsize: int) -> Iterator[ProductTiles | None]:

@@ -37,12 +37,14 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    cached: object = None,
     out: Tensor | None = None,
     workspace: object = None,
 ) -> Tensor:
     """Attention of one layer in one decoding step; arguments as `tidar.kernels.step_attention.attend`.
 
-    Any floating dtype, float64 included; ``workspace`` is not read. Reads ``lengths`` and ``levels`` on the host.
+    Any floating dtype, float64 included; ``cached`` and ``workspace`` are not read. Reads ``lengths`` and ``levels`` on
+    the host.
     """
     check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, causal, scale, window, softcap, sinks)
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,18 +1,22 @@
 """What the kernels of `tidar.kernels.rotate` and `tidar.kernels.accept` compute, written plainly, by the same names.
 
-`rotate` and `accept` read lengths, counts, tickets and samples on the host.
+And `rotate_attend` of `tidar.kernels.step_attention`, which is this `rotate` and the `attend` of `reference`.
+
+`rotate`, `rotate_attend` and `accept` read lengths, counts, tickets and samples on the host.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
 from tidar.errors import TidarError
-from tidar.kernels.reference import check_pages, write_kv
+from tidar.kernels.reference import attend, check_pages, write_kv
 
-__all__ = ["accept", "check_rotate", "embed", "rotate"]
+__all__ = ["accept", "check_rotate", "embed", "rotate", "rotate_attend"]
 
 
 def rotate(
@@ -41,6 +45,32 @@ def rotate(
     q, k = _turned(q, *turn), _turned(k, *turn)
     write_kv(k, v, k_pages, v_pages, block_table, lengths, counts)
     return q, k, v
+
+
+def rotate_attend(
+    heads: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    levels: Tensor,
+    *,
+    eps: float,
+    causal: int,
+    **options: Any,
+) -> Tensor:
+    """As `tidar.kernels.step_attention.rotate_attend`: one after the other."""
+    cache = k_pages, v_pages, block_table, lengths
+    block = (heads.shape[1] - causal) // max(1, len(levels))
+    masks = levels[:, None] + torch.arange(block, device=levels.device)
+    offsets = torch.cat([torch.arange(causal, device=levels.device), masks.flatten()]).int()
+    q, k, v = rotate(heads, q_norm, k_norm, cos, sin, offsets, *cache, counts, eps=eps)
+    return attend(q, k, v, *cache, levels, causal=causal, **options)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,14 +129,14 @@ def check_rotate(
     k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     counts: Tensor,
 ) -> int:
-    """The number of query heads; `TidarError` unless the arguments fit together."""
+    """The number of query heads; `TidarError` unless the arguments fit together. No offsets: nothing to check."""
     if heads.dim() != 4 or not heads.is_contiguous():
         raise TidarError(f"heads must be contiguous (B, L, A, H), not {tuple(heads.shape)}")
     kv_heads = k_pages.shape[2]
@@ -117,8 +147,10 @@ def check_rotate(
     check_pages(new, new, k_pages, v_pages, block_table, lengths)
     if counts.shape != lengths.shape or counts.dtype != torch.int32:
         raise TidarError(f"counts must be int32 of shape {tuple(lengths.shape)}")
-    if offsets.shape != (heads.shape[1],) or offsets.dtype != torch.int32:
+    if offsets is not None and (offsets.shape != (heads.shape[1],) or offsets.dtype != torch.int32):
         raise TidarError(f"offsets must be int32 of shape {(heads.shape[1],)}, not {tuple(offsets.shape)}")
+    if heads.shape[3] % 2:
+        raise TidarError(f"heads of width {heads.shape[3]} have no halves to be turned")
     if cos.shape[1:] != heads.shape[3:] or sin.shape != cos.shape or not (cos.is_contiguous() and sin.is_contiguous()):
         raise TidarError(f"cos and sin must be contiguous (positions, {heads.shape[3]}), not {tuple(cos.shape)}")
     if (q_norm is None) != (k_norm is None):

@@ -13,21 +13,10 @@ from torch import Tensor
 
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference_step import check_rotate
+from tidar.kernels.rotary import columns, turned
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["rotate"]
-
-
-@triton.jit
-def _heads(base, head, column, wanted, norm, scale, H: tl.constexpr, NORM: tl.constexpr):
-    """(heads, WIDTH) float32 at ``column``, normed as the model does: rounded before the weight and behind it."""
-    inside = wanted & (column < H)
-    x = tl.load(base + head * H + column, mask=inside, other=0.0)
-    if NORM:
-        weight = tl.load(norm + column, mask=column < H, other=0.0)
-        narrow = (x.to(tl.float32) * scale).to(x.dtype).to(tl.float32)
-        x = (narrow * weight.to(tl.float32)).to(x.dtype)
-    return x.to(tl.float32)
 
 
 @triton.jit
@@ -35,7 +24,7 @@ def _rotate(
     heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, table, eps,
     page_step, slot_step, head_step, table_step, table_width, positions,
     Q: tl.constexpr, K: tl.constexpr, Q_UP: tl.constexpr, K_UP: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    QUERIES: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query; program 1 of it takes keys and values."""
     begin(PDL)
@@ -44,45 +33,27 @@ def _rotate(
     base = heads + line * (Q + 2 * K) * H
     length = tl.load(lengths + row)
     position = tl.minimum(length + tl.load(offsets + query), positions - 1)
-    column = tl.arange(0, WIDTH)[None, :]
-    # The other half of a head's width, which is turned into this one.
-    half: tl.constexpr = H // 2
-    other = tl.where(column < half, column + half, column - half)
-    sign = tl.where(column < half, -1.0, 1.0)
-    turn = position.to(tl.int64) * H + column
-    c = tl.load(cos + turn, mask=column < H, other=0.0).to(tl.float32)
-    s = tl.load(sin + turn, mask=column < H, other=0.0).to(tl.float32) * sign
+    column, inside = columns(H, WIDTH)
+    column, inside = column[None, :], inside[None, :]
 
     if tl.program_id(2) == 0:
         head = tl.arange(0, Q_UP)[:, None]
-        scale = tl.full((Q_UP, 1), 1.0, tl.float32)
-        if NORM:
-            x = _heads(base, head, column, head < Q, q_norm, scale, H, False)
-            scale = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / H + eps)
-        x = _heads(base, head, column, head < Q, q_norm, scale, H, NORM)
-        y = _heads(base, head, other, head < Q, q_norm, scale, H, NORM)
-        place = q + line * Q * H + head * H + column
-        tl.store(place, (x * c + y * s).to(q.dtype.element_ty), mask=(head < Q) & (column < H))
+        new_q = turned(base + head * H, head < Q, q_norm, eps, cos, sin, position, H, WIDTH)
+        tl.store(q + line * Q * H + head * H + column, new_q.to(q.dtype.element_ty), mask=(head < Q) & inside)
     else:
         kv = tl.arange(0, K_UP)[:, None]
-        inside = (kv < K) & (column < H)
-        spread = tl.full((K_UP, 1), 1.0, tl.float32)
+        wanted = (kv < K) & inside
         keys = base + Q * H
-        if NORM:
-            x_k = _heads(keys, kv, column, kv < K, k_norm, spread, H, False)
-            spread = tl.rsqrt(tl.sum(x_k * x_k, 1, keep_dims=True) / H + eps)
-        x_k = _heads(keys, kv, column, kv < K, k_norm, spread, H, NORM)
-        y_k = _heads(keys, kv, other, kv < K, k_norm, spread, H, NORM)
-        new = (x_k * c + y_k * s).to(k.dtype.element_ty)
-        tl.store(k + line * K * H + kv * H + column, new, mask=inside)
+        new_k = turned(keys + kv * H, kv < K, k_norm, eps, cos, sin, position, H, WIDTH).to(k.dtype.element_ty)
+        tl.store(k + line * K * H + kv * H + column, new_k, mask=wanted)
         slot = length + query
         # Behind the table's last page there is another row's table.
         written = (query < tl.load(counts + row)) & (slot < table_width * PAGE)
         page = tl.load(table + row * table_step + slot // PAGE, mask=written, other=0).to(tl.int64)
         there = page * page_step + slot % PAGE * slot_step + kv * head_step + column
-        value = tl.load(keys + (K + kv) * H + column, mask=inside, other=0.0)
-        tl.store(k_pages + there, new, mask=inside & written)
-        tl.store(v_pages + there, value, mask=inside & written)
+        value = tl.load(keys + (K + kv) * H + column, mask=wanted, other=0.0)
+        tl.store(k_pages + there, new_k, mask=wanted & written)
+        tl.store(v_pages + there, value, mask=wanted & written)
 
 
 def rotate(
@@ -110,7 +81,8 @@ def rotate(
         heads: (B, L, A, H) contiguous: queries, keys and values as projected.
         q_norm: (H,) weight of the RMS norm of query heads, or None.
         k_norm: (H,) of key heads; both or neither.
-        cos: (positions, H) contiguous, of the rotary embedding; positions behind its end take its last row.
+        cos: (positions, H) contiguous, of the rotary embedding, a row's halves the same; positions behind its end take
+            its last row.
         sin: likewise.
         offsets: (L,) int32, position of each query behind its row's ``lengths``.
         k_pages: (pages, page_size, Hk, H), written in place.
@@ -135,7 +107,7 @@ def rotate(
         heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, block_table, eps,
         *k_pages.stride()[:3], block_table.stride(0), block_table.shape[1], cos.shape[0],
         Q=query_heads, K=kv_heads, Q_UP=power_of_2(query_heads), K_UP=power_of_2(kv_heads), H=width,
-        WIDTH=power_of_2(width), QUERIES=queries, PAGE=k_pages.shape[1], NORM=q_norm is not None,
+        WIDTH=power_of_2(width), QUERIES=queries, PAGE=k_pages.shape[1],
         **options(heads.device),
     )  # fmt: skip
     return q, k, heads[:, :, query_heads + kv_heads :]

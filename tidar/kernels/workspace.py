@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["Tiles", "Workspace", "own_keys", "power_of_2", "tiles"]
+__all__ = ["Tiles", "Workspace", "fixed_tiles", "own_keys", "power_of_2", "tiles"]
 
 TILE, TILE_WIDTH = 870, 4.7
 """Clocks of a program for a tile of 64 keys, and for each number of a head's width."""
@@ -91,6 +91,13 @@ def tiles(
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)
 
 
+def fixed_tiles(head_dim: int, itemsize: int) -> Tiles:
+    """Tiles for any step, so that a query's sums are formed in one order (`attend` with ``cached``)."""
+    if itemsize > 2:
+        return Tiles(rows=16, keys=16, splits=8, warps=8, stages=2)
+    return Tiles(rows=64, keys=64, splits=8, warps=4 if head_dim <= 128 else 8, stages=3 if head_dim <= 256 else 2)
+
+
 def power_of_2(n: int) -> int:
     """The least power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -109,7 +116,7 @@ def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int) ->
 
 
 def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
-    """How the last split reads a tile's parts: constants of `_attend`, for L·G ``lines`` of a padded ``width``.
+    """How the last split reads a tile's parts: constants of the kernel, for L·G ``lines`` of a padded ``width``.
 
     HELD rows of a tile are kept, FEW of them are joined at a time, from FLIGHT splits at once: as many as registers
     hold, so that many loads are under way.
