@@ -18,12 +18,13 @@ import torch
 
 from tidar.config import SamplingParams
 from tidar.decode.base import Decoder
-from tidar.decode.planner import Acceptance, few
+from tidar.decode.planner import Acceptance, Plan, few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
+from tidar.layout import all_proposals
 from tidar.model import CausalLM
 
 __all__ = ["Outcome", "methods", "run"]
@@ -48,10 +49,11 @@ class Outcome:
 
 
 def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
-    """Policies to compare: the autoregressive one first, the planner last, fixed choices between."""
+    """Policies to compare: the autoregressive one first, the planner last, fixed choices between, the paper's own
+    among them: the longest draft with all proposals."""
     k = draft_len
     found: dict[str, Callable[[], Policy]] = {"ar": Autoregressive}
-    for plan in list(few(k))[1:]:
+    for plan in [Plan("tidar", k, all_proposals(k)), *list(few(k))[1:]]:
         if plan.method == "linear":
             found[f"linear k={plan.draft_len}"] = lambda n=plan.draft_len: Alternating(n)  # type: ignore[misc]
         else:

@@ -71,14 +71,16 @@ def candidates(longest: int) -> Iterator[Plan]:
 
 
 def few(longest: int) -> Iterator[Plan]:
-    """The plans among which most is decided, where each costs seconds to make ready (`tidar.fast`)."""
+    """The plans among which most is decided, where each costs seconds to make ready (`tidar.fast`).
+
+    All proposals but the last make k · k queries, which fill tiles; the last one pays only where all drafts stand, and
+    costs a tile more.
+    """
     yield AR
     for k in sorted({longest, longest // 2, longest // 4} - {0, 1}, reverse=True):
-        some = {all_proposals(k)} | (
-            {all_proposals(k // 2), all_proposals(k // 4)} if k == longest and k >= 8 else set()
-        )
-        for proposals in sorted(some, reverse=True):
-            yield Plan("tidar", k, proposals)
+        some = {k - 1, k // 2, k // 4} if k == longest else {k - 1, min(3, k - 1)}
+        for count in sorted(some - {0}, reverse=True):
+            yield Plan("tidar", k, all_proposals(count))
         if k > longest // 4:
             yield Plan("linear", k)
 
