@@ -22,13 +22,16 @@ from tidar.provenance import provenance
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "test_kernels.py",
+    "test_rotate_attend.py",
     "test_products.py",
+    "test_residual.py",
     "test_sample_kernel.py",
     "test_chain.py",
     "test_step_kernels.py",
     "test_fast.py",
     "test_fast_kernels.py",
     "test_lean.py",
+    "test_deterministic.py",
 )
 
 

@@ -27,9 +27,9 @@ from tidar.errors import TidarError
 ROOT = Path(__file__).resolve().parent.parent
 GREY, BLUE, ORANGE, GREEN = "#8c8c8c", "#1f5fa8", "#d9822b", "#3a7d44"
 REFERENCE = "python-17m"
-STEP = ("model", "dtype", "step", "draft_len", "batch", "prefix", "sampled")
-DECODE = ("model", "dtype", "method", "batch", "sampling", "prompt_tokens")
-FORMER = {"draft_len": 16, "prompt_tokens": 256}
+STEP = ("model", "dtype", "step", "draft_len", "batch", "prefix", "sampled", "deterministic")
+DECODE = ("model", "dtype", "method", "batch", "sampling", "prompt_tokens", "deterministic")
+FORMER = {"draft_len": 16, "prompt_tokens": 256, "deterministic": False}
 """What lines do not tell that were recorded before these could be chosen."""
 
 Line = dict[str, Any]
@@ -63,7 +63,11 @@ def series(steps: Sequence[Line]) -> dict[str, list[Line]]:
     """Single greedy rows, by model and prefix, in the order of their queries; the slowest model first."""
     found: dict[str, list[Line]] = {}
     for line in sorted(steps, key=lambda line: line["queries"]):
-        if line["batch"] == 1 and not line["sampled"] and line["draft_len"] == FORMER["draft_len"]:
+        if (
+            line["batch"] == 1
+            and not line["sampled"]
+            and all(line[key] == FORMER[key] for key in STEP if key in FORMER)
+        ):
             found.setdefault(f"{line['model']}, prefix {line['prefix']}", []).append(line)
     return dict(sorted(found.items(), key=lambda each: -each[1][-1]["milliseconds"]))
 
@@ -72,7 +76,8 @@ def by_sampling(decoding: Sequence[Line], batch: int) -> dict[str, list[Line]]:
     """Lines of the reference checkpoint at a batch, under ``greedy`` or the sampling's name."""
     found: dict[str, list[Line]] = {}
     for line in decoding:
-        if (line["model"], line["batch"], line["prompt_tokens"]) == (REFERENCE, batch, FORMER["prompt_tokens"]):
+        usual = all(line[key] == FORMER[key] for key in DECODE if key in FORMER)
+        if usual and line["model"] == REFERENCE and line["batch"] == batch:
             sampling = line["sampling"]
             name = f"T = {sampling['temperature']}, top-p {sampling['top_p']}" if sampling else "greedy"
             found.setdefault(name, []).append(line)

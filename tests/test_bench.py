@@ -28,7 +28,7 @@ def core(converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("TIDAR_CACHE", str(tmp_path / "cache"))
     for module in (decode, parts, step):
         monkeypatch.setattr(module, "obstacle", lambda _: None)
-        monkeypatch.setattr(module, "Engine", lambda core: Engine(core, plain=True))
+        monkeypatch.setattr(module, "Engine", lambda core, **options: Engine(core, plain=True, **options))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     def timed(calls: Sequence[Callable[[], object]], *, rounds: int, repeat: int = 1) -> list[float]:

@@ -30,6 +30,8 @@ class BenchStep:
     """Rows."""
     sampled: bool = False
     """With temperature and top-p, instead of greedy."""
+    deterministic: bool = False
+    """As in `tidar generate`."""
     parts: bool = False
     """Instead: layers alone, and their attention and MLPs, for 1 to 512 queries of one row (the paper's Figure 1)."""
     record: Annotated[str | None, arg(metavar="FILE")] = None
@@ -42,7 +44,14 @@ class BenchStep:
         if self.parts:
             report.parts(parts.run(core, prefixes=self.prefix), self.record)
             return
-        lines = step.run(core, draft_lens=self.draft_len, prefixes=self.prefix, rows=self.batch, sampled=self.sampled)
+        lines = step.run(
+            core,
+            draft_lens=self.draft_len,
+            prefixes=self.prefix,
+            rows=self.batch,
+            sampled=self.sampled,
+            deterministic=self.deterministic,
+        )
         report.steps(lines, self.record)
 
 
@@ -70,6 +79,8 @@ class BenchDecode:
     """As in `tidar generate`."""
     top_p: float = 1.0
     """As in `tidar generate`."""
+    deterministic: bool = False
+    """As in `tidar generate`."""
     baselines: bool = False
     """Also transformers' generate, alone and with prompt lookup, and FlexAttention with a mask sliced every step."""
     record: Annotated[str | None, arg(metavar="FILE")] = None
@@ -96,6 +107,7 @@ class BenchDecode:
                 new_tokens=self.new_tokens,
                 sampling=sampling,
                 others=others,
+                deterministic=self.deterministic,
             )
         report.decoding(lines, self.record)
 

@@ -102,6 +102,7 @@ def run(
     new_tokens: int = 256,
     sampling: dict[str, float] | None = None,
     others: dict[str, Callable[[], Decoder]] | None = None,
+    deterministic: bool = False,
 ) -> list[dict[str, Any]]:
     """One line a method: tokens a second (all tokens over all seconds), the speed-up over AR, split into tokens a step
     and cost of a step, with a 95 % interval of the speed-up from resampled batches, and how often a step made 1, 2, …
@@ -115,13 +116,14 @@ def run(
         new_tokens: of each; end-of-text tokens are passed over, so that every method makes as many.
         sampling: temperature and filters; greedy without. The seed is the prompt's number.
         others: further decoders, by name.
+        deterministic: of ours, all decode so, AR too.
 
     Raises:
         TidarError: no GPU, or a model that the fast path does not take.
     """
     if (why := obstacle(core)) is not None:
         raise TidarError(f"decoding cannot be timed: {why}")
-    engine = Engine(core)
+    engine = Engine(core, deterministic=deterministic)
     makers: dict[str, Callable[[], Decoder]] = {
         name: lambda made=made: FastDecoder(engine, made())  # type: ignore[misc]
         for name, made in methods(draft_len).items()
@@ -140,7 +142,12 @@ def run(
             if name in slow and turn > OTHERS:
                 continue
             decode(make(), [prompts[n] for n in members], params, outcomes[name] if turn else Outcome())
-    told: dict[str, Any] = {"batch": batch, "sampling": sampling, "prompt_tokens": max(map(len, prompts))}
+    told: dict[str, Any] = {
+        "batch": batch,
+        "sampling": sampling,
+        "prompt_tokens": max(map(len, prompts)),
+        "deterministic": deterministic,
+    }
     return [_line(core, name, outcomes[name], outcomes["ar"], **told) for name in makers]
 
 
@@ -153,6 +160,7 @@ def _line(
     batch: int,
     sampling: dict[str, float] | None,
     prompt_tokens: int,
+    deterministic: bool,
 ) -> dict[str, Any]:
     count = len(mine.seconds)
     ar = Outcome(ar.seconds[:count], ar.tokens[:count], ar.steps[:count], ar.answers[: len(mine.answers)])
@@ -177,6 +185,7 @@ def _line(
         "median_seconds": round(median(mine.seconds), 5),
         "identical_to_ar": f"{same}/{len(mine.answers)}",
         "prompt_tokens": prompt_tokens,  # of each, at most
+        "deterministic": deterministic,
         "accepted": [mine.accepted[n] for n in range(1, max(mine.accepted, default=0) + 1)],
     }
 

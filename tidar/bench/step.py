@@ -68,7 +68,13 @@ def model_of(name: str | None, size: str | None, layers: int | None, dtype: str 
 
 @torch.inference_mode()
 def run(
-    core: CausalLM, *, draft_lens: Sequence[int], prefixes: Sequence[int], rows: Sequence[int], sampled: bool = False
+    core: CausalLM,
+    *,
+    draft_lens: Sequence[int],
+    prefixes: Sequence[int],
+    rows: Sequence[int],
+    sampled: bool = False,
+    deterministic: bool = False,
 ) -> list[dict[str, Any]]:
     """One line a kind of step, draft length, batch and prefix.
 
@@ -80,7 +86,7 @@ def run(
     """
     if (why := obstacle(core)) is not None:
         raise TidarError(f"steps cannot be timed: {why}")
-    engine, rate = Engine(core), rates(core.device)
+    engine, rate = Engine(core, deterministic=deterministic), rates(core.device)
     flags = Flags(sampling=sampled, filtering=sampled, penalty=False)
     lines = []
     for count, prefix in product(rows, prefixes):
@@ -101,6 +107,7 @@ def run(
                         "batch": count,
                         "prefix": prefix,
                         "sampled": sampled,
+                        "deterministic": deterministic,
                         "milliseconds": round(seconds * 1e3, 5),
                         "floor_milliseconds": round(least.seconds * 1e3, 5),
                         "share": round(least.seconds / seconds, 4),

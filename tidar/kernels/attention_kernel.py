@@ -14,7 +14,7 @@ from tidar.kernels.attention_parts import FLOOR, combine, divided, last_to_come,
 from tidar.kernels.pdl import begin, release
 from tidar.kernels.rotary import columns, turned
 
-__all__ = ["LOG2E", "attention"]
+__all__ = ["LOG2E", "attention", "join"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -101,9 +101,10 @@ def attention(
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
-    HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr, PDL: tl.constexpr,
+    HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A tile of query rows over a split of its keys; the last split to come to a tile joins their parts.
+    """A tile of query rows over a split of its keys; the last split to come to a tile joins their parts, or, APART,
+    `join` does.
 
     With ``cos`` queries and keys come as projected, and one tile of each row and key head writes the cache. With
     ``counts`` alone, causal keys are in the cache and are taken from there, in tiles of the text as it stands in its
@@ -152,6 +153,8 @@ def attention(
     used = tl.minimum(own + end - first, SPLITS)
     if ALIGNED:
         used = used * 0 + SPLITS  # which splits have a tile depends on where the text stands
+    if APART:
+        used = used * 0 + SPLITS  # `join` reads the parts of all, also those that no key fell to
     if split >= used:
         return
 
@@ -231,6 +234,10 @@ def attention(
     release(PDL)
     if SPLITS == 1:
         _give(out, divided(acc, total), lines, row, head, HEADS, GROUP, QUERIES, D, WIDTH)
+    elif APART:
+        meeting = pair * tl.num_programs(0) + tile
+        mine = (meeting.to(tl.int64) * SPLITS + split) * HELD
+        leave(part + mine * D, peaks + mine, totals + mine, acc, peak, total, HELD, D)
     else:
         meeting = pair * tl.num_programs(0) + tile
         kept = meeting.to(tl.int64) * SPLITS * HELD
@@ -243,3 +250,19 @@ def attention(
                     part + kept * D, peaks + kept, totals + kept, few, used, HELD, D, WIDTH, SPLITS, FLIGHT
                 )
                 _give(out, joined, tile * ROWS + few, row, head, HEADS, GROUP, QUERIES, D, WIDTH)
+
+
+@triton.jit
+def join(
+    out, part, peaks, totals,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """FEW query rows of a tile, from the parts that its splits left."""
+    begin(PDL)
+    tile, pair = tl.program_id(0), tl.program_id(1)
+    kept = (pair * tl.num_programs(0) + tile).to(tl.int64) * SPLITS * HELD
+    few = tl.program_id(2) * FEW + tl.arange(0, FEW)
+    joined = combine(part + kept * D, peaks + kept, totals + kept, few, SPLITS, HELD, D, WIDTH, SPLITS, FLIGHT)
+    _give(out, joined, tile * ROWS + few, (pair // HEADS).to(tl.int64), pair % HEADS, HEADS, GROUP, QUERIES, D, WIDTH)

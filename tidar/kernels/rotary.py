@@ -49,8 +49,9 @@ def turned(heads, wanted, norm, eps, cos, sin, position, H: tl.constexpr, WIDTH:
         scale = tl.rsqrt(tl.sum(x * x + y * y, 1, keep_dims=True) / H + eps)
         x = ((x * scale).to(lower.dtype).to(tl.float32) * weight_x).to(lower.dtype).to(tl.float32)
         y = ((y * scale).to(upper.dtype).to(tl.float32) * weight_y).to(upper.dtype).to(tl.float32)
-    # A sum over pairs where two terms would do: through elementwise code Triton takes the layout of a matrix product
-    # back to every load, and then they wait for one another.
+    # A sum over pairs where two terms would do, as Triton looks for loads behind a matrix product's operand. Through
+    # elementwise code it takes the operand's layout back to each of them, and they wait for one another; and finding a
+    # join, it reads the prefix's keys in smaller pieces.
     return tl.sum(tl.join(_whole(x * c, y * c), _whole(-y * s, x * s)), 2)
 
 

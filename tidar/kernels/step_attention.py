@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 
 from tidar.errors import TidarError
-from tidar.kernels.attention_kernel import LOG2E, attention
+from tidar.kernels.attention_kernel import LOG2E, attention, join
 from tidar.kernels.pdl import options
 from tidar.kernels.reference import check_step
 from tidar.kernels.reference_step import check_rotate
@@ -35,6 +35,8 @@ from tidar.kernels.workspace import Workspace, joining, own_keys, power_of_2
 
 __all__ = ["attend", "rotate_attend"]
 
+FEW, MANY = 16, 64
+"""Query rows of a program that joins parts, and of a tile from which on a launch does so."""
 FLIGHT = 4
 """Splits that are joined at a time where that must not depend on the step."""
 TURNED = 32
@@ -190,15 +192,26 @@ def _launch(
     joined = joining(chosen, length * group, wide)
     if cached:
         joined["FLIGHT"] = min(FLIGHT, chosen.splits)  # not as many as this step has registers for
-    attention[triton.cdiv(length * group, chosen.rows), rows * heads, chosen.splits](
+    cuts, pairs = triton.cdiv(length * group, chosen.rows), rows * heads
+    fixed = {
+        "HEADS": heads, "GROUP": group, "QUERIES": length, "D": width, "WIDTH": wide,
+        "ROWS": chosen.rows, "SPLITS": chosen.splits, "HELD": joined["HELD"], "FLIGHT": joined["FLIGHT"],
+    }  # fmt: skip
+    # The parts of many rows are too much for the last program to come: while it reads them, all others have gone. Wider
+    # heads have as many programs for fewer rows, and so compiled they spill.
+    apart = chosen.splits > 1 and joined["HELD"] >= MANY and wide <= 128
+    attention[cuts, pairs, chosen.splits](
         q, k_new, v_new, *(rotary or [None] * 5), k_pages, v_pages, block_table, lengths, levels, sinks,
         out, workspace.part, workspace.peaks, workspace.totals, workspace.arrived, inner, factor,
         eps, 0 if turned is None else turned.shape[0], block_table.stride(0), block_table.shape[1],
         Q_STEPS=q.stride(), K_STEPS=k_new.stride(), V_STEPS=v_new.stride(), PAGE_STEPS=k_pages.stride(),
-        HEADS=heads, GROUP=group, QUERIES=length, CAUSAL=causal, BLOCK=block, D=width, WIDTH=wide, PAGE=page,
-        WINDOW=window or 0, SOFTCAP=softcap is not None, ROWS=chosen.rows, KEYS=chosen.keys,
-        OWN=own if turned is None else min(own, TURNED), SPLITS=chosen.splits, **joined,
+        CAUSAL=causal, BLOCK=block, PAGE=page, WINDOW=window or 0, SOFTCAP=softcap is not None, KEYS=chosen.keys,
+        OWN=own if turned is None else min(own, TURNED), FEW=joined["FEW"], APART=apart, **fixed,
         num_warps=chosen.warps, num_stages=chosen.stages,
         **options(q.device, late=chosen.rows < 64),
     )  # fmt: skip
+    if apart:
+        join[cuts, pairs, joined["HELD"] // FEW](
+            out, workspace.part, workspace.peaks, workspace.totals, FEW=FEW, num_warps=4, **fixed, **options(q.device)
+        )
     return out
