@@ -19,7 +19,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg
 
 from tidar.bench.command import Bench
 from tidar.config import SamplingParams
-from tidar.errors import TidarError
+from tidar.errors import PeerError, TidarError
 from tidar.prompts import read_prompts
 from tidar.recipes import RECIPES, load_recipe
 from tidar.train.config import TrainConfig
@@ -179,7 +179,7 @@ class TrainRun:
         from tidar.train.trainer import train
 
         result = train(self.config, resume=self.resume, continue_from=self.continue_from)
-        if result.model is not None:
+        if result.model is not None and os.environ.get("RANK", "0") == "0":
             print(result.model)
 
 
@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _parse(argv).run()
         finally:
             sys.stdout.flush()
+    except PeerError:
+        return 2  # the process that knows has said it
     except TidarError as error:
         print(f"tidar: error: {_one_line(error)}", file=sys.stderr)
         return 2
