@@ -11,6 +11,7 @@ import copy
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -171,13 +172,15 @@ def _named(optimizer: Optimizer, model: CausalLM) -> dict[str, Tensor]:
 def _restore(optimizer: Optimizer, model: CausalLM, found: Mapping[str, Tensor]) -> None:
     """Give ``optimizer`` the state that `_named` returned, its tensors whole or shared in any way."""
     weights = dict(model.named_parameters())
+    parts = []
     for names, part in zip(_names(optimizer, model), optimizer.parts, strict=True):
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in found.items():
             name, _, entry = key.rpartition("/")
             if name in names:
                 states.setdefault(names.index(name), {})[entry] = _shared(value, weights[name])
-        part.load_state_dict({"state": states, "param_groups": part.state_dict()["param_groups"]})
+        parts.append({"state": states, "param_groups": part.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"parts": parts})
 
 
 def _read(folder: Path, model: CausalLM, world: World) -> dict[str, Tensor]:
@@ -194,7 +197,9 @@ def _read(folder: Path, model: CausalLM, world: World) -> dict[str, Tensor]:
             found[key] = _like(weight, torch.zeros(weight.to_local().shape, dtype=dtype), world)
         else:
             found[key] = torch.zeros(size, dtype=dtype)
-    state_dict_loader.load(found, checkpoint_id=folder, process_group=world.patient, no_dist=world.size == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as one process wants it
+        state_dict_loader.load(found, checkpoint_id=folder, process_group=world.patient, no_dist=world.size == 1)
     return found
 
 
