@@ -86,7 +86,9 @@ def test_two_ranks_learn_what_one_does(one: Path, two: Path) -> None:
     ],
     ids=["rollout", "random", "ar"],
 )
-def test_other_objectives(root: Path, converted: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_other_objectives(
+    root: Path, converted: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
     plan = ranks.write_recipe(
         tmp_path / "recipe.toml", converted("qwen3"), root / "text", **{"tokens": 6 * 144, **changes}
     )

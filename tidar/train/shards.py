@@ -74,6 +74,11 @@ class Saver:
         if failure is not None:
             raise failure
 
+    def abandon(self) -> None:
+        """Give what is being written a last minute, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.join(timeout=60)
+
     def _copied(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return value.detach().to("cpu", copy=True)

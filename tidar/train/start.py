@@ -24,9 +24,9 @@ from tidar.train.world import ALONE, World
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["agreed", "data", "model", "note_attempt", "place", "same_attempt", "write_config"]
+__all__ = ["agreed", "data", "model", "note_job", "place", "same_job", "write_config"]
 
-ATTEMPT = ".attempt"
+JOB = ".job"
 
 # What may differ between a run and its continuation: none of it changes a weight.
 FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds")
@@ -62,21 +62,21 @@ def agreed(config: TrainConfig, resume: bool, continue_from: str, world: World) 
     world.first(check)
 
 
-def note_attempt(out: Path) -> None:
-    """Remember which start of torchrun ``out`` belongs to."""
-    if _attempt():
-        (out / ATTEMPT).write_text(_attempt(), encoding="utf-8")
+def note_job(out: Path) -> None:
+    """Remember which job of torchrun has the run in ``out``."""
+    if _job():
+        (out / JOB).write_text(_job(), encoding="utf-8")
 
 
-def same_attempt(out: Path) -> bool:
-    """Whether an earlier process of the same start of torchrun began or resumed the run in ``out``."""
-    path = out / ATTEMPT
-    return bool(_attempt()) and path.exists() and path.read_text(encoding="utf-8") == _attempt()
+def same_job(out: Path) -> bool:
+    """Whether torchrun started this process again, to go on with the run in ``out`` that the job had before."""
+    path = out / JOB
+    return bool(_job()) and path.exists() and path.read_text(encoding="utf-8") == _job()
 
 
-def _attempt() -> str:
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return "" if run is None else f"{run} {os.getppid()}"  # the parent is torchrun
+def _job() -> str:
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"of process {os.getppid()}" if job == "none" else job  # torchrun had no id to give; it is the parent
 
 
 def place(config: TrainConfig, resume: bool, continue_from: str, say: Callable[[str], None]) -> Path | None:

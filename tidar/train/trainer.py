@@ -23,7 +23,7 @@ from tidar.train.optimizer import learning_rate
 from tidar.train.step import Stepper
 from tidar.train.stop import Stop
 from tidar.train.validate import Validation
-from tidar.train.world import ALONE, World, join, lost, restarted
+from tidar.train.world import ALONE, World, join, lost
 
 __all__ = ["Result", "Trainer", "train"]
 
@@ -90,7 +90,7 @@ class Trainer:
         self.on_valid = on_valid
         notes: list[str] = []
         start.agreed(config, resume, continue_from, world)
-        again = resume or (restarted() and world.first(lambda: start.same_attempt(self.out)))
+        again = resume or world.first(lambda: start.same_job(self.out))
         source = world.first(lambda: start.place(config, again, continue_from, notes.append))
         self.progress = Progress(0, 0, 0, {}) if source is None else checkpoint.read_progress(source)
         self.model = world.each(lambda: start.model(config, source, world))
@@ -108,7 +108,7 @@ class Trainer:
         if world.main and (source is None or continue_from):
             start.write_config(self.out, config)
         if world.main:
-            start.note_attempt(self.out)
+            start.note_job(self.out)
             self.metrics = Metrics(self.out, total=config.tokens, start_step=self.progress.step)
         else:
             self.metrics = Silence()
@@ -125,6 +125,7 @@ class Trainer:
             self._saver.wait()
             return result
         finally:
+            self._saver.abandon()
             self.metrics.close()
 
     def _run(self) -> Result:

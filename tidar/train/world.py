@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tidar.errors import PeerError, TidarError
 
-__all__ = ["ALONE", "World", "join", "lost", "restarted"]
+__all__ = ["ALONE", "World", "join", "lost"]
 
 T = TypeVar("T")
 
@@ -129,13 +129,17 @@ def join(device: str) -> World:
             raise TidarError(f"no GPU for local rank {local}, this machine has {here}: start --nproc-per-node {here}")
         torch.cuda.set_device(local)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
+        # Torchrun may keep its store over restarts: what an earlier attempt left in it must not be found.
+        store, rank, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TidarError(f"the {size} ranks did not meet: {first}; start all of them with torchrun") from error
     mesh = init_device_mesh(kind.type, (size,))
     host = mesh if kind.type == "cpu" else init_device_mesh("cpu", (size,))
-    return World(dist.get_rank(), size, mesh, host, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return World(rank, size, mesh, host, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def lost(error: BaseException) -> bool:
@@ -143,8 +147,3 @@ def lost(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL", "Connection "))
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process in place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
