@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def _path() -> str:
 def run(recipe: Path, out: Path, *words: str, ok: bool = True, **options: Any) -> list[str]:
     """What the run printed on stderr, torchrun's own lines among it."""
     process = start(recipe, out, *words, **options)
-    _, text = process.communicate(timeout=TIMEOUT)
+    try:
+        _, text = process.communicate(timeout=TIMEOUT)
+    except BaseException:
+        process.terminate()  # torchrun takes its ranks with it
+        process.wait(60)
+        raise
     assert (process.returncode == 0) == ok, text
     return text.splitlines()
 
@@ -70,10 +76,14 @@ def errors(lines: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """One rank. ``TIDAR_TEST_FAULT`` is ``what:rank:step``: there, and before the first restart only, it happens."""
+    """One rank. ``TIDAR_TEST_FAULT`` is ``what:rank:step``: there, and before the first restart only, it happens.
+
+    ``record`` and what begins with ``slow`` are for all ranks and steps.
+    """
     import torch
 
     from tidar.cli import main as command
+    from tidar.train import checkpoint
     from tidar.train.step import Stepper
 
     torch.set_num_threads(1)
@@ -81,13 +91,23 @@ def main(argv: list[str]) -> int:
     what, where, when = (os.environ["TIDAR_TEST_FAULT"] or "none:0:0").split(":")
     mine = where == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     step_of = Stepper.__call__
+    write_manifest = checkpoint.write_manifest
+
+    def slowly(folder: Path, digests: Any) -> None:
+        time.sleep(2)
+        write_manifest(folder, digests)
+        steps = len((folder.parent.parent / "metrics.jsonl").read_text().splitlines())
+        print(f"{folder.name} written when {steps} steps were done", file=sys.stderr, flush=True)
+
+    if what.startswith("slow"):
+        checkpoint.write_manifest = slowly
 
     def stepped(self: Stepper, batches: Any, step: int, lr: float) -> Any:
         if what == "record":
             with Path(self.config.out, f"rank-{rank}.jsonl").open("a") as file:
                 file.write(json.dumps([step, [[part.tolist() for part in batch] for batch in batches]]) + "\n")
         if mine and step == int(when):
-            if what == "kill":
+            if what.endswith("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "term":
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -123,6 +123,22 @@ def test_kill_9_of_one_rank_and_a_resume_by_hand(recipe: Path, two: Path, tmp_pa
     assert curve(tmp_path / "run") == curve(two)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(recipe: Path, two: Path, tmp_path: Path) -> None:
+    lines = ranks.run(recipe, tmp_path / "run", "--tokens", str(9 * 144), "--warmup", "0", fault="slow:0:0")
+    done = [line for line in lines if " written when " in line]
+    assert [line.split()[0] for line in done] == [".step-00000005.part", ".step-00000009.part"]
+    assert int(done[0].split()[3]) > 5, "it is a copy that is written"
+
+
+def test_kill_9_while_a_checkpoint_is_written(recipe: Path, two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ranks.run(recipe, out, fault="slowkill:1:7", ok=False)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [".step-00000005.part"]
+    ranks.run(recipe, out, "--resume")
+    assert same_weights(out / "model", two / "model")
+    assert not list((out / "checkpoints").glob(".*"))
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2)])
 def test_another_number_of_ranks_goes_on(recipe: Path, one: Path, tmp_path: Path, before: int, after: int) -> None:
     ranks.run(recipe, tmp_path / "run", ranks=before, fault="term:0:9")

@@ -92,19 +92,17 @@ class Trainer:
         start.agreed(config, resume, continue_from, world)
         again = resume or world.first(lambda: start.same_job(self.out))
         source = world.first(lambda: start.place(config, again, continue_from, notes.append))
-        self.progress = Progress(0, 0, 0, {}) if source is None else checkpoint.read_progress(source)
+        self.progress = (
+            Progress(0, 0, 0, {}) if source is None else world.each(lambda: checkpoint.read_progress(source))
+        )
         self.model = world.each(lambda: start.model(config, source, world))
-        world.first(lambda: start.data(config, self.model))  # which the others find prepared
-        folder, held_out = world.each(lambda: start.data(config, self.model))
-        self.data = PackedData(folder, seq_len=config.seq_len, batch_size=config.micro_batch, seed=config.seed)
-        self.validation = None if held_out is None else Validation(config, self.model, held_out)
+        prepared = world.first(lambda: start.data(config, self.model))
+        self.data, self.validation = world.each(lambda: self._opened(*prepared))
         parallel.apply(self.model, config, world)
         self.stepper = Stepper(self.model, config, world)
-        if source is not None:
-            self.data.load_state_dict(self.progress.data)
-            if not shards.load_optimizer(source, self.model, self.stepper.optimizer, world):
-                self.progress.since = self.progress.tokens
-                notes.append(f"{source} has no optimizer state: it starts empty and the learning rate warms up again")
+        if source is not None and not shards.load_optimizer(source, self.model, self.stepper.optimizer, world):
+            self.progress.since = self.progress.tokens
+            notes.append(f"{source} has no optimizer state: it starts empty and the learning rate warms up again")
         if world.main and (source is None or continue_from):
             start.write_config(self.out, config)
         if world.main:
@@ -118,6 +116,14 @@ class Trainer:
         self._pending: list[tuple[int, dict[str, int], float, Tensor]] = []
         self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
         self._saved = self.progress.step if source is not None and not continue_from else -1
+
+    def _opened(self, folder: Path, held_out: Path | None) -> tuple[PackedData, Validation | None]:
+        """The training data at their place, and the hold-out's sample."""
+        config = self.config
+        data = PackedData(folder, seq_len=config.seq_len, batch_size=config.micro_batch, seed=config.seed)
+        if self.progress.data:
+            data.load_state_dict(self.progress.data)
+        return data, None if held_out is None else Validation(config, self.model, held_out)
 
     def run(self) -> Result:
         try:
