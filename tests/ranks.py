@@ -60,14 +60,19 @@ def _path() -> str:
 def run(recipe: Path, out: Path, *words: str, ok: bool = True, **options: Any) -> list[str]:
     """What the run printed on stderr, torchrun's own lines among it."""
     process = start(recipe, out, *words, **options)
+    text = ended(process)
+    assert (process.returncode == 0) == ok, text
+    return text.splitlines()
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What ``process`` printed on stderr until its end, which comes soon or is brought about."""
     try:
-        _, text = process.communicate(timeout=TIMEOUT)
+        return process.communicate(timeout=TIMEOUT)[1]
     except BaseException:
         process.terminate()  # torchrun takes its ranks with it
         process.wait(60)
         raise
-    assert (process.returncode == 0) == ok, text
-    return text.splitlines()
 
 
 def errors(lines: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from ranks import ended
 from torch import Tensor, nn
 from train_data import config, pack
 
@@ -52,8 +53,10 @@ def several(ranks: int, task: str, *words: object) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([*command, task, *map(str, words)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command += [task, *map(str, words)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    text = ended(process)
+    assert process.returncode == 0, text
 
 
 # Without a phase the second of `ROWS` has no block to continue, on one of the ranks.
