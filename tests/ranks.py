@@ -87,8 +87,9 @@ def main(argv: list[str]) -> int:
     """
     import torch
 
+    from tidar.checkpoint import save_model
     from tidar.cli import main as command
-    from tidar.train import checkpoint
+    from tidar.train import checkpoint, shards
     from tidar.train.step import Stepper
 
     torch.set_num_threads(1)
@@ -98,6 +99,10 @@ def main(argv: list[str]) -> int:
     step_of = Stepper.__call__
     write_manifest = checkpoint.write_manifest
 
+    def late(*args: Any, **options: Any) -> None:
+        time.sleep(2)
+        save_model(*args, **options)
+
     def slowly(folder: Path, digests: Any) -> None:
         time.sleep(2)
         write_manifest(folder, digests)
@@ -105,6 +110,7 @@ def main(argv: list[str]) -> int:
         print(f"{folder.name} written when {steps} steps were done", file=sys.stderr, flush=True)
 
     if what.startswith("slow"):
+        shards.save_model = late  # type: ignore[attr-defined]  # before any rank writes its part, so that training passes it by
         checkpoint.write_manifest = slowly
 
     def stepped(self: Stepper, batches: Any, step: int, lr: float) -> Any:

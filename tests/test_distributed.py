@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections import Counter
@@ -123,11 +124,16 @@ def test_kill_9_of_one_rank_and_a_resume_by_hand(recipe: Path, two: Path, tmp_pa
     assert curve(tmp_path / "run") == curve(two)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(recipe: Path, two: Path, tmp_path: Path) -> None:
-    lines = ranks.run(recipe, tmp_path / "run", "--tokens", str(9 * 144), "--warmup", "0", fault="slow:0:0")
+def test_training_goes_on_while_a_checkpoint_is_written(recipe: Path, tmp_path: Path) -> None:
+    out, short = tmp_path / "run", ("--tokens", str(9 * 144))
+    lines = ranks.run(recipe, out, *short, fault="slow:0:0")
     done = [line for line in lines if " written when " in line]
     assert [line.split()[0] for line in done] == [".step-00000005.part", ".step-00000009.part"]
-    assert int(done[0].split()[3]) > 5, "it is a copy that is written"
+    assert int(done[0].split()[3]) > 5
+    shutil.rmtree(checkpoint.checkpoints(out)[0])
+    (out / "model").rename(tmp_path / "wanted")
+    ranks.run(recipe, out, *short, "--resume")
+    assert same_weights(out / "model", tmp_path / "wanted"), "what was written is a copy of step 5"
 
 
 def test_kill_9_while_a_checkpoint_is_written(recipe: Path, two: Path, tmp_path: Path) -> None:
