@@ -10,8 +10,10 @@ import torch
 from train_data import config, pack
 
 from tidar.checkpoint import load_model
+from tidar.train import parallel
 from tidar.train.optimizer import Optimizer
 from tidar.train.step import Stepper
+from tidar.train.world import ALONE
 
 
 @pytest.fixture
@@ -54,6 +56,27 @@ def test_clipping_bounds_the_gradient(base: Path, root: Path) -> None:
     assert moved[0][0] == pytest.approx(moved[1][0])  # the norm reported is the one before clipping
     assert moved[0][1] == pytest.approx(moved[0][0], rel=1e-3)
     assert moved[1][1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_activations_computed_again_are_the_same(base: Path, root: Path) -> None:
+    kept, again = (config(root, base, activation_checkpointing=on) for on in (False, True))
+    results = []
+    for plan in (kept, again):
+        model, calls = load_model(base), 0
+        layer = model.hf.base_model.layers[0].self_attn  # type: ignore[union-attr, index]
+
+        def counted(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        layer.register_forward_hook(counted)
+        parallel.apply(model, plan, ALONE)
+        stepper = Stepper(model, plan)
+        values = stepper([pack([[24]])], 0, 1e-3)
+        results.append((calls, values, [p.detach().clone() for p in stepper.parameters]))
+    assert [calls for calls, *_ in results] == [1, 2]
+    assert torch.equal(results[0][1], results[1][1])
+    assert all(torch.equal(one, two) for one, two in zip(results[0][2], results[1][2], strict=True))
 
 
 def test_bf16_keeps_weights_and_optimizer_in_fp32(base: Path, root: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +26,12 @@ from tidar import attention
 from tidar.config import Architecture
 from tidar.errors import TidarError
 from tidar.families import check_config
-from tidar.model import KEY, CausalLM, Spec
+from tidar.model import KEY, TRANSITION, CausalLM, Spec
 
 __all__ = ["check_device", "create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
 
 
-TRANSITION = "transition.safetensors"
+TRANSITION_FILE = "transition.safetensors"
 
 
 def embedded_checkpoint() -> Path:
@@ -96,7 +96,7 @@ def _what_fits(name: str, parameters: int, itemsize: int, device: torch.device) 
 def _load_transition(model: CausalLM, name: str) -> None:
     """The transition's weights, from a file of their own: transformers would call them unexpected."""
     assert model.spec is not None
-    path = cached_file(name, TRANSITION)
+    path = cached_file(name, TRANSITION_FILE)
     assert path is not None  # it raises
     model.add_transition(model.spec.transition).load_state_dict(safetensors.load_file(path))
 
@@ -146,13 +146,20 @@ def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, s
     return model
 
 
-def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | None = None) -> None:
+def save_model(
+    model: CausalLM,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a plain Hugging Face folder, whole or not at all.
 
     Args:
         model: what to save; its spec becomes the ``tidar`` key of config.json.
         out: folder that must not exist or be empty.
         dtype: dtype of the weights in the file; the model's own by default.
+        weights: what to save, named as in ``model.state_dict()``; the model's own by default.
 
     Raises:
         TidarError: the folder is taken, or the disk is full.
@@ -163,11 +170,13 @@ def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | Non
         if kept is not None:
             setattr(model.hf.config, KEY, kept)
         wanted = None if dtype is None else _dtype(dtype, torch.device("cpu"))
-        state = None
+        state = {n: p.detach() for n, p in (model.state_dict() if weights is None else weights).items()}
         if wanted is not None:
             # Tied weights stay one tensor, or they would be written twice.
             cast: dict[int, torch.Tensor] = {}
-            state = {n: cast.setdefault(p.data_ptr(), p.detach().to(wanted)) for n, p in model.hf.state_dict().items()}
+            state = {n: cast.setdefault(p.data_ptr(), p.to(wanted)) for n, p in state.items()}
+        prefix = f"{TRANSITION}."
+        transition = {n.removeprefix(prefix): state.pop(n).cpu() for n in list(state) if n.startswith(prefix)}
         with _quiet():
             model.hf.save_pretrained(folder, state_dict=state)
         if wanted is not None:  # save_pretrained notes the dtype of the model, not of what it was given
@@ -176,10 +185,8 @@ def save_model(model: CausalLM, out: str | os.PathLike[str], *, dtype: str | Non
             config["dtype"] = str(wanted).removeprefix("torch.")
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         model.tokenizer.save_pretrained(folder)
-        if model.transition is not None:
-            kept_dtype = wanted if isinstance(wanted, torch.dtype) else model.dtype
-            weights = {n: p.detach().cpu().to(kept_dtype) for n, p in model.transition.state_dict().items()}
-            safetensors.save_file(weights, folder / TRANSITION)
+        if transition:
+            safetensors.save_file(transition, folder / TRANSITION_FILE)
 
     write_folder(out, fill)
 

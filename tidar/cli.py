@@ -19,7 +19,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg
 
 from tidar.bench.command import Bench
 from tidar.config import SamplingParams
-from tidar.errors import TidarError
+from tidar.errors import PeerError, TidarError
 from tidar.prompts import read_prompts
 from tidar.recipes import RECIPES, load_recipe
 from tidar.train.config import TrainConfig
@@ -182,7 +182,7 @@ class TrainRun:
         from tidar.train.trainer import train
 
         result = train(self.config, resume=self.resume, continue_from=self.continue_from)
-        if result.model is not None:
+        if result.model is not None and os.environ.get("RANK", "0") == "0":
             print(result.model)
 
 
@@ -217,13 +217,20 @@ def _as_dict(answer: Completion) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 141 for a closed pipe."""
     warnings.showwarning = _show_warning
+    command: Command | None = None
     try:
         try:
-            _parse(argv).run()
+            command = _parse(argv)
+            command.run()
         finally:
             sys.stdout.flush()
     except TidarError as error:
-        print(f"tidar: error: {_one_line(error)}", file=sys.stderr)
+        # Of ranks, the one that knows speaks; a command that is wrong is so for all of a machine.
+        mute = isinstance(error, PeerError) or (command is None and os.environ.get("LOCAL_RANK", "0") != "0")
+        if not mute:
+            print(f"tidar: error: {_one_line(error)}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os._exit(2)  # torch's own end may abort, or wait for ranks that are gone
         return 2
     except KeyboardInterrupt:
         return 130

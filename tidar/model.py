@@ -22,9 +22,10 @@ from tidar.families import logits_transform, position_limit
 from tidar.layout import Layout
 from tidar.transition import Transition
 
-__all__ = ["KEY", "CausalLM", "Spec"]
+__all__ = ["KEY", "TRANSITION", "CausalLM", "Spec"]
 
 KEY = "tidar"
+TRANSITION = "transition"  # prefix of its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class CausalLM:
         self.transition: Transition | None = None
         self._transform = logits_transform(hf.config)
         self._backbone: Callable[..., Any] = hf.base_model
+        self._cached: Callable[..., Any] = hf.base_model
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +86,11 @@ class CausalLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
+
+    @property
+    def runner(self) -> Callable[..., Any]:
+        """What runs the Hugging Face backbone: itself, or what `run_by` or `compile` has put before it."""
+        return self._backbone
 
     @property
     def embedding(self) -> Tensor:
@@ -122,7 +129,7 @@ class CausalLM:
 
     def backbone(self, tokens: Tensor, positions: Tensor, masks: mask.Masks, cache: SlotCache | None = None) -> Tensor:
         # Compiled for training's one shape; a decoder's shapes change with every forward.
-        run = self._backbone if cache is None else self.hf.base_model
+        run = self._backbone if cache is None else self._cached
         out = run(
             input_ids=tokens,
             position_ids=positions,
@@ -172,9 +179,25 @@ class CausalLM:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All weights, the transition's last."""
-        yield from self.hf.parameters()
+        yield from (weight for _, weight in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All weights and their names, the transition's last and with a prefix; tied ones once."""
+        yield from self.hf.named_parameters()
         if self.transition is not None:
-            yield from self.transition.parameters()
+            yield from self.transition.named_parameters(TRANSITION)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights and buffers that a checkpoint holds, not detached, named as in `named_parameters`; tied ones
+        under each of their names."""
+        found = dict(self.hf.state_dict(keep_vars=True))
+        if self.transition is not None:
+            found |= self.transition.state_dict(keep_vars=True, prefix=f"{TRANSITION}.")
+        return found
+
+    def run_by(self, backbone: Callable[..., Any]) -> None:
+        """Call ``backbone`` wherever the Hugging Face backbone was called, which it calls in turn."""
+        self._backbone = self._cached = backbone
 
     def compile(self) -> None:
         """Compile the backbone; for training on a GPU, where one shape comes again and again."""

@@ -103,6 +103,10 @@ class PackedData:
         shape = (self.batch_size, self.seq_len)
         return PackedBatch(*(torch.from_numpy(a.reshape(shape)) for a in (tokens, starts, ends)))
 
+    def skip(self) -> None:
+        """Leave the next ``batch_size`` rows to another process."""
+        self._row += self.batch_size
+
     def _pieces(self, position: int, wanted: int) -> tuple[Ints, Ints]:
         """Documents, the first and last perhaps in part, that follow ``position`` in its epoch: offsets, lengths."""
         epoch, place = divmod(position, len(self._tokens))

@@ -2,7 +2,8 @@
 
 ``out/checkpoints/step-N/`` holds ``model/`` (a plain Hugging Face folder in the weights' own dtype), ``optimizer.pt``,
 ``progress.json`` and ``manifest.json`` (size and SHA-256 of every other file). It is written beside its place, synced
-to the disk, and renamed into it. ``out/latest`` is a link to the newest one.
+to the disk, and renamed into it. ``out/latest`` is a link to the newest one. Several ranks write another optimizer
+state (`tidar.train.shards`), and any number of ranks reads both.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tidar.checkpoint import save_model, write_folder
 from tidar.errors import TidarError
@@ -24,12 +26,20 @@ from tidar.model import CausalLM
 
 __all__ = [
     "Progress",
+    "cannot_save",
     "checkpoints",
+    "digests",
     "load_optimizer",
+    "make_room",
     "newest_whole",
+    "place_of",
     "read_progress",
     "save_checkpoint",
     "save_weights",
+    "settle",
+    "sync",
+    "write_manifest",
+    "write_progress",
 ]
 
 OPTIMIZER, PROGRESS, MANIFEST = "optimizer.pt", "progress.json", "manifest.json"
@@ -66,33 +76,51 @@ def save_checkpoint(
     Raises:
         TidarError: it cannot be written; the older ones are as they were.
     """
-    final = out / "checkpoints" / f"step-{progress.step:08d}"
+    final = place_of(out, progress)
 
     def fill(folder: Path) -> None:
         save_model(model, folder / "model")
         _save_tensors({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / OPTIMIZER)
-        (folder / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        (folder / MANIFEST).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
+        write_progress(folder, progress)
+        write_manifest(folder, digests(folder))
         for path in [*folder.rglob("*"), folder]:
-            _sync(path)
+            sync(path)
 
-    if final.exists():
-        shutil.rmtree(final)  # a broken one, or the run would have gone on from it
-    for leftover in final.parent.glob(".step-*"):  # of a run that was killed while saving
-        shutil.rmtree(leftover, ignore_errors=True)
+    make_room(final)
     try:
         write_folder(final, fill)
     except TidarError as error:
-        whole = next(iter(checkpoints(out)), None)
-        rest = "there is no older one" if whole is None else f"the last whole one is {whole}; continue with --resume"
-        raise TidarError(
-            f"cannot save checkpoint {final.name}: {error.__cause__ or error}; free some space; {rest}"
-        ) from error
-    _sync(final.parent)
+        raise cannot_save(out, final, error.__cause__ or error) from error
+    settle(out, final, keep_last)
+    return final
+
+
+def place_of(out: Path, progress: Progress) -> Path:
+    """Where the checkpoint of this progress belongs."""
+    return out / "checkpoints" / f"step-{progress.step:08d}"
+
+
+def make_room(final: Path) -> None:
+    """Remove what is in the way of a new checkpoint ``final``, and what a killed run left of its own."""
+    if final.exists():
+        shutil.rmtree(final)  # a broken one, or the run would have gone on from it
+    for leftover in final.parent.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def settle(out: Path, final: Path, keep_last: int) -> None:
+    """``final`` is in its place: make it the latest, and remove all but the newest ``keep_last``."""
+    sync(final.parent)
     _link(out / "latest", final)
     for old in checkpoints(out)[keep_last:]:
         shutil.rmtree(old)
-    return final
+
+
+def cannot_save(out: Path, final: Path, reason: BaseException) -> TidarError:
+    """What to say when ``final`` cannot be written."""
+    whole = next(iter(checkpoints(out)), None)
+    rest = "there is no older one" if whole is None else f"the last whole one is {whole}; continue with --resume"
+    return TidarError(f"cannot save checkpoint {final.name}: {reason}; free some space; {rest}")
 
 
 def newest_whole(out: Path, say: Callable[[str], None]) -> Path | None:
@@ -120,14 +148,24 @@ def read_progress(folder: Path) -> Progress:
         raise TidarError(f"cannot continue from {folder}: no {PROGRESS} of a training run in it ({error})") from error
 
 
-def save_weights(final: Path, model: CausalLM, progress: Progress, *, dtype: str) -> None:
-    """A Hugging Face folder that replaces ``final``; its progress lies in it, so that another run can go on from it."""
+def write_progress(folder: Path, progress: Progress) -> None:
+    """What `read_progress` reads."""
+    (folder / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+
+def save_weights(
+    final: Path, model: CausalLM, progress: Progress, *, dtype: str, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """A Hugging Face folder that replaces ``final``; its progress lies in it, so that another run can go on from it.
+
+    ``weights`` as in `save_model`.
+    """
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     part = final.with_name(f".{final.name}.new")
     shutil.rmtree(part, ignore_errors=True)
-    save_model(model, part, dtype=dtype)
-    (part / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    save_model(model, part, dtype=dtype, weights=weights)
+    write_progress(part, progress)
     if final.exists():
         os.replace(final, old)
     os.replace(part, final)
@@ -151,8 +189,14 @@ def _save_tensors(state: dict[str, Any], path: Path) -> None:
         raise OSError(f"writing {path.name} failed ({str(error).splitlines()[0]})") from error
 
 
-def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def write_manifest(folder: Path, digests: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the files of ``folder`` are to be."""
+    (folder / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+
+
+def digests(folder: Path, rank: int = 0, size: int = 1) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file, of those that fall to ``rank`` of ``size`` who divide them."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)[rank::size]
     return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
 
 
@@ -173,7 +217,8 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have ``path`` on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

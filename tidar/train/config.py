@@ -88,6 +88,8 @@ class TrainConfig:
     """`bf16`: products in bf16, weights and optimizer in fp32."""
     compile: bool = True
     """Compile the model on a GPU."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward: less memory, about a third more time."""
 
     log_every: int = 10
     """Steps between two lines of metrics; a NaN is noticed then."""

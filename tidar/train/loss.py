@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from tidar.train.world import ALONE, World
+
 __all__ = ["Counts", "Targets", "count", "pairs", "train_loss"]
 
 CHUNK_ELEMENTS = 2**28  # logits of one chunk: 1 GiB in fp32
@@ -58,11 +60,11 @@ class Counts:
     draft: Tensor
 
 
-def count(micro_batches: list[Targets]) -> Counts:
-    """Labels of both halves over all micro-batches of a step. Under random masking the 1/t weights make every token
-    count once in expectation, so the draft's denominator is the number of tokens in either case."""
-    tokens = sum(t.labels.numel() for t in micro_batches)
-    ar = torch.stack([t.has_ar.sum() for t in micro_batches]).sum()
+def count(micro_batches: list[Targets], world: World = ALONE) -> Counts:
+    """Labels of both halves over all micro-batches of a step, on all ranks. Under random masking the 1/t weights make
+    every token count once in expectation, so the draft's denominator is the number of tokens in either case."""
+    tokens = sum(t.labels.numel() for t in micro_batches) * world.size
+    ar = world.sum(torch.stack([t.has_ar.sum() for t in micro_batches]).sum())
     return Counts(ar=ar.clamp(min=1), draft=torch.full_like(ar, tokens))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Metrics", "peak_memory_gib"]
+__all__ = ["Metrics", "Silence", "peak_memory_gib"]
 
 FILE = "metrics.jsonl"
 
@@ -89,6 +89,25 @@ class Metrics:
             self._bar[0].stop()
         if self._events is not None:
             self._events.close()
+
+
+class Silence(Metrics):
+    """The metrics of a rank that another one speaks for."""
+
+    def __init__(self) -> None:
+        pass
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def valid(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _step(line: str) -> float:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tidar.model import CausalLM
 from tidar.train.config import TrainConfig
+from tidar.train.muon import SharedMuon
 
 __all__ = ["Optimizer", "learning_rate", "make_optimizer"]
 
@@ -69,9 +71,8 @@ def make_optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
     rest = torch.optim.AdamW(others, lr=config.lr, betas=betas, weight_decay=0.0, fused=fused)
     main: torch.optim.Optimizer
     if config.optimizer == "muon":
-        main = torch.optim.Muon(
-            matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = SharedMuon if isinstance(matrices[0], DTensor) else torch.optim.Muon
+        main = muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     else:
         main = torch.optim.AdamW(matrices, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
     return Optimizer([main, rest])

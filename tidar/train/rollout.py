@@ -86,7 +86,7 @@ def roll_out(
     tokens, own = text.clone(), torch.zeros_like(text, dtype=torch.bool)
     predicting = pad(hidden[:, :-1], (0, 0, 1, 0))
     state = _at(hidden, (firsts - 1).clamp(min=0))
-    longest = min(blocks.k, size) if firsts.shape[1] else 0
+    longest = min(blocks.k, size)  # also without a block: ranks that share the weights must run the same forwards
     for offset in range(longest):
         real = firsts + offset < ends
         place = torch.where(real, firsts + offset, 0)
@@ -104,14 +104,14 @@ def roll_out(
 
 def _places(batch: PackedBatch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """(B, Q) on the CPU: for each block with text before it, the slot where its document begins, its first slot, and
-    one past its last. Rows with fewer blocks are padded with empty ones at 0."""
+    one past its last. Rows with fewer blocks, or none, are padded with empty ones at 0."""
     rows, size = batch.tokens.shape
     slot = torch.arange(size).expand(rows, size)
     position = slot - batch.starts
     begins = (position > 0) & ((position + blocks.phase) % blocks.k == 0)
     row, first = begins.nonzero(as_tuple=True)
     column = (begins.cumsum(1) - 1)[row, first]
-    places = torch.zeros(3, rows, int(begins.sum(1).max()), dtype=torch.int64)
+    places = torch.zeros(3, rows, max(1, int(begins.sum(1).max())), dtype=torch.int64)
     end = torch.minimum(first + blocks.k, batch.ends[row, first])
     places[:, row, column] = torch.stack([batch.starts[row, first], first, end])
     starts, firsts, ends = places.unbind()

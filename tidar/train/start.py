@@ -19,16 +19,64 @@ from tidar.errors import TidarError
 from tidar.model import CausalLM
 from tidar.train import checkpoint
 from tidar.train.config import TrainConfig
+from tidar.train.world import ALONE, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["data", "model", "place", "write_config"]
+__all__ = ["agreed", "data", "model", "note_job", "place", "same_job", "write_config"]
+
+JOB = ".job"
 
 # What may differ between a run and its continuation: none of it changes a weight.
 FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds")
 
 TOKENIZER_BYTES = 50_000_000  # of text; more changes the merges little
+
+
+def agreed(config: TrainConfig, resume: bool, continue_from: str, world: World) -> None:
+    """Check that all ranks were asked for the same run, and that they can share it.
+
+    Raises:
+        TidarError: they were not, or they cannot; on rank 0.
+        PeerError: the same, on the others.
+    """
+    asked = asdict(config) | {"resume": resume, "continue_from": continue_from}
+    everyone = world.gather(asked)
+
+    def check() -> None:
+        for rank, other in enumerate(everyone):
+            for name, value in other.items():
+                if value != asked[name]:
+                    raise TidarError(
+                        f"rank {rank} has another recipe than rank 0: {name} is {value} there and {asked[name]} here; "
+                        "start every rank with the same command and the same files"
+                    )
+        if config.accumulate % world.size:
+            raise TidarError(
+                f"{world.size} ranks cannot share the {config.accumulate} micro-batches of a step: choose micro_batch "
+                f"(now {config.micro_batch}) and batch_tokens (now {config.batch_tokens}) such that batch_tokens / "
+                f"(micro_batch x seq_len) is a multiple of {world.size}, or start another number of ranks"
+            )
+
+    world.first(check)
+
+
+def note_job(out: Path) -> None:
+    """Remember which job of torchrun has the run in ``out``."""
+    if _job():
+        (out / JOB).write_text(_job(), encoding="utf-8")
+
+
+def same_job(out: Path) -> bool:
+    """Whether torchrun started this process again, to go on with the run in ``out`` that the job had before."""
+    path = out / JOB
+    return bool(_job()) and path.exists() and path.read_text(encoding="utf-8") == _job()
+
+
+def _job() -> str:
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"of process {os.getppid()}" if job == "none" else job  # torchrun had no id to give; it is the parent
 
 
 def place(config: TrainConfig, resume: bool, continue_from: str, say: Callable[[str], None]) -> Path | None:
@@ -47,16 +95,18 @@ def place(config: TrainConfig, resume: bool, continue_from: str, say: Callable[[
     return Path(continue_from) if continue_from else None
 
 
-def model(config: TrainConfig, source: Path | None) -> CausalLM:
-    """The model in fp32 on the run's device, from ``source`` if there is one."""
+def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> CausalLM:
+    """The model in fp32, from ``source`` if there is one; on the run's device, or on the CPU if ranks will share it."""
+    device = config.device if world.size == 1 else "cpu"
     if source is not None:
         folder = source / "model" if (source / "model").is_dir() else source
-        found = load_model(folder, device=config.device, dtype="float32")
+        found = load_model(folder, device=device, dtype="float32")
     elif config.model:
-        found = load_model(config.model, device=config.device, dtype="float32")
+        found = load_model(config.model, device=device, dtype="float32")
     else:
-        found = create_model(config.arch, config.tokenizer or _tokenizer(config), seed=config.seed)
-        found.hf.to(check_device(config.device))  # type: ignore[arg-type]
+        tokenizer = config.tokenizer or world.first(lambda: _tokenizer(config))
+        found = create_model(config.arch, tokenizer, seed=config.seed)
+        found.hf.to(check_device(device))  # type: ignore[arg-type]
     if config.objective == "tidar":
         _ = found.mask_id  # says what to do when there is none
         assert found.spec is not None

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tidar.data.packing import PackedBatch
 from tidar.mask import Kind
@@ -17,6 +18,7 @@ from tidar.train.inputs import draw_blocks, make_inputs, preceding
 from tidar.train.loss import chunk_loss, count, train_loss
 from tidar.train.optimizer import make_optimizer
 from tidar.train.rollout import Sampling, roll_out
+from tidar.train.world import ALONE, World
 
 __all__ = ["Stepper"]
 
@@ -27,11 +29,13 @@ class Stepper:
     Args:
         model: weights in fp32, on the device; trained in place.
         config: the run.
+        world: the ranks that share the step; ``model`` must be made ready for them (`tidar.train.parallel`).
     """
 
-    def __init__(self, model: CausalLM, config: TrainConfig) -> None:
+    def __init__(self, model: CausalLM, config: TrainConfig, world: World = ALONE) -> None:
         self.model = model
         self.config = config
+        self.world = world
         self.mask_id = model.mask_id if config.objective == "tidar" else 0
         # FlexAttention has no backward on a CPU, which gets dense masks.
         self.masks: Kind = "block" if model.device.type == "cuda" else "dense"
@@ -44,7 +48,8 @@ class Stepper:
         if model.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             if config.compile:
-                model.compile()
+                if world.size == 1:
+                    model.compile()
                 self._chunk = torch.compile(chunk_loss)
 
     def autocast(self) -> torch.autocast:
@@ -54,25 +59,27 @@ class Stepper:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
     def __call__(self, batches: Sequence[PackedBatch], step: int, lr: float) -> Tensor:
-        """Step ``step`` (counted from 0) on the micro-batches in ``batches``.
+        """Step ``step`` (counted from 0) on the micro-batches in ``batches``: of R ranks, rank r has those numbered
+        r, r + R, r + 2R … of the step.
 
         Returns:
             (5,) fp32 on the device: loss, mean AR cross-entropy, mean draft cross-entropy, mean KL (nats), and the
-            gradient's norm before clipping.
+            gradient's norm before clipping. Several ranks append the share (R,) of the loss that each had.
         """
         config, model = self.config, self.model
         blocks = draw_blocks(config, step) if config.objective == "tidar" else None
         inputs = []
-        for index, batch in enumerate(batches):
+        indices = range(self.world.rank, self.world.rank + len(batches) * self.world.size, self.world.size)
+        for index, batch in zip(indices, batches, strict=True):
             noise = _key(config.seed, "noise", step, index) if config.masking == "random" else None
             inputs.append(
                 make_inputs(
                     batch, blocks, mask_id=self.mask_id, device=model.device, noise=noise, decay=config.offset_decay
                 )
             )
-        counts = count([micro.targets for micro in inputs])
+        counts = count([micro.targets for micro in inputs], self.world)
         losses = torch.zeros(4, device=model.device)
-        for index, (batch, micro) in enumerate(zip(batches, inputs, strict=True)):
+        for index, batch, micro in zip(indices, batches, inputs, strict=True):
             targets = micro.targets
             if blocks is not None and config.draft_text == "model":
                 key = _key(config.seed, "rollout", step, index)
@@ -94,12 +101,23 @@ class Stepper:
                 autocast=self.autocast,
                 chunk=self._chunk,
             )
+        losses = self._over_ranks(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.cat([losses, norm.float()[None]])
+        return torch.cat([losses[:4], norm.float()[None], losses[4:]])
+
+    def _over_ranks(self, losses: Tensor) -> Tensor:
+        """(4,) of this rank to (4 + R,): sums over all ranks, and each rank's share of the loss."""
+        if self.world.size == 1:
+            return losses
+        shares = torch.zeros(self.world.size, device=losses.device)
+        shares[self.world.rank] = losses[0]
+        return self.world.sum(torch.cat([losses, shares]))
 
 
 def _key(seed: int, use: str, step: int, index: int) -> int:

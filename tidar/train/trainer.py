@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidar.data.packing import PackedData
+from tidar.data.packing import PackedBatch, PackedData
 from tidar.errors import TidarError
 from tidar.model import CausalLM
-from tidar.train import checkpoint, start
+from tidar.train import checkpoint, parallel, shards, start
 from tidar.train.checkpoint import Progress
 from tidar.train.config import TrainConfig
 from tidar.train.inputs import draw_blocks
-from tidar.train.metrics import Metrics, peak_memory_gib
+from tidar.train.metrics import Metrics, Silence, peak_memory_gib
 from tidar.train.optimizer import learning_rate
 from tidar.train.step import Stepper
+from tidar.train.stop import Stop
 from tidar.train.validate import Validation
+from tidar.train.world import ALONE, World, join, lost
 
 __all__ = ["Result", "Trainer", "train"]
 
@@ -53,78 +55,124 @@ def train(
     Raises:
         TidarError: wrong input, a loss that is not finite, or a checkpoint that cannot be written or read.
     """
+    world = join(config.device)
     try:
-        return Trainer(config, resume=resume, continue_from=continue_from, on_valid=on_valid).run()
+        result = Trainer(config, resume=resume, continue_from=continue_from, on_valid=on_valid, world=world).run()
     except OSError as error:
         raise TidarError(f"cannot write {config.out}: {error}; free some space and go on with --resume") from error
+    except torch.OutOfMemoryError as error:
+        raise TidarError(_out_of_memory(config, world)) from error
+    except RuntimeError as error:
+        if world.size == 1 or not lost(error):
+            raise
+        raise TidarError(
+            f"rank {world.rank} has lost another rank, which was killed or says why it stopped; go on with --resume"
+        ) from error
+    world.leave()
+    return result
 
 
 class Trainer:
-    """The parts of a run, made ready; `run` runs it. Arguments as in `train`."""
+    """A run made ready; `run` runs it. Arguments as in `train`; ``world`` are the ranks that share it."""
 
     def __init__(
-        self, config: TrainConfig, *, resume: bool = False, continue_from: str = "", on_valid: Probe | None = None
+        self,
+        config: TrainConfig,
+        *,
+        resume: bool = False,
+        continue_from: str = "",
+        on_valid: Probe | None = None,
+        world: World = ALONE,
     ) -> None:
         self.config = config
+        self.world = world
         self.out = Path(config.out)
         self.on_valid = on_valid
         notes: list[str] = []
-        source = start.place(config, resume, continue_from, notes.append)
-        self.progress = Progress(0, 0, 0, {}) if source is None else checkpoint.read_progress(source)
-        self.model = start.model(config, source)
-        folder, held_out = start.data(config, self.model)
-        self.data = PackedData(folder, seq_len=config.seq_len, batch_size=config.micro_batch, seed=config.seed)
-        self.validation = None if held_out is None else Validation(config, self.model, held_out)
-        self.stepper = Stepper(self.model, config)
-        if source is not None:
-            self.data.load_state_dict(self.progress.data)
-            if not checkpoint.load_optimizer(source, self.stepper.optimizer):
-                self.progress.since = self.progress.tokens
-                notes.append(f"{source} has no optimizer state: it starts empty and the learning rate warms up again")
-        if source is None or continue_from:
+        start.agreed(config, resume, continue_from, world)
+        again = resume or world.first(lambda: start.same_job(self.out))
+        source = world.first(lambda: start.place(config, again, continue_from, notes.append))
+        self.progress = (
+            Progress(0, 0, 0, {}) if source is None else world.each(lambda: checkpoint.read_progress(source))
+        )
+        self.model = world.each(lambda: start.model(config, source, world))
+        prepared = world.first(lambda: start.data(config, self.model))
+        self.data, self.validation = world.each(lambda: self._opened(*prepared))
+        parallel.apply(self.model, config, world)
+        self.stepper = Stepper(self.model, config, world)
+        if source is not None and not shards.load_optimizer(source, self.model, self.stepper.optimizer, world):
+            self.progress.since = self.progress.tokens
+            notes.append(f"{source} has no optimizer state: it starts empty and the learning rate warms up again")
+        if world.main and (source is None or continue_from):
             start.write_config(self.out, config)
-        self.metrics = Metrics(self.out, total=config.tokens, start_step=self.progress.step)
+        if world.main:
+            start.note_job(self.out)
+            self.metrics = Metrics(self.out, total=config.tokens, start_step=self.progress.step)
+        else:
+            self.metrics = Silence()
         for note in notes:
             self.metrics.say(note)
+        self._saver = shards.Saver(self.out, world, keep_last=config.keep_last)
         self._pending: list[tuple[int, dict[str, int], float, Tensor]] = []
         self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
         self._saved = self.progress.step if source is not None and not continue_from else -1
 
+    def _opened(self, folder: Path, held_out: Path | None) -> tuple[PackedData, Validation | None]:
+        """The training data at their place, and the hold-out's sample."""
+        config = self.config
+        data = PackedData(folder, seq_len=config.seq_len, batch_size=config.micro_batch, seed=config.seed)
+        if self.progress.data:
+            data.load_state_dict(self.progress.data)
+        return data, None if held_out is None else Validation(config, self.model, held_out)
+
     def run(self) -> Result:
         try:
-            return self._run()
+            result = self._run()
+            self._saver.wait()
+            return result
         finally:
+            self._saver.abandon()
             self.metrics.close()
 
     def _run(self) -> Result:
         config, progress = self.config, self.progress
-        begun = time.monotonic()
-        while progress.tokens < config.tokens:
-            self._step()
-            last = progress.tokens >= config.tokens
-            if last or progress.step % config.log_every == 0:
-                self._log()
-            if self.validation is not None and (last or _due(progress.step, config.eval_every)):
-                self._validate()
-            if last or _due(progress.step, config.save_every):
-                self._save()
-            if not last and config.max_seconds and time.monotonic() - begun > config.max_seconds:
-                self._save()
-                self.metrics.say(
-                    f"stopped after {config.max_seconds:.0f} s at step {progress.step}; go on with --resume"
-                )
-                return Result(None, progress.step, progress.tokens)
-        return Result(self._export(), progress.step, progress.tokens)
+        with Stop(config.max_seconds) as stop:
+            while progress.tokens < config.tokens:
+                self._step()
+                last = progress.tokens >= config.tokens
+                if last or progress.step % config.log_every == 0:
+                    self._log()
+                if self.validation is not None and (last or _due(progress.step, config.eval_every)):
+                    self._validate()
+                if last or _due(progress.step, config.save_every):
+                    self._save()
+                reason = 0 if last else int(self.world.most(stop.reason))
+                if reason:
+                    self._save()
+                    self._saver.wait()
+                    self.metrics.say(f"stopped {stop.said(reason)} at step {progress.step}; go on with --resume")
+                    return Result(None, progress.step, progress.tokens)
+            return Result(self._export(), progress.step, progress.tokens)
 
     def _step(self) -> None:
         config, progress = self.config, self.progress
         place = self.data.state_dict()
-        batches = [self.data.next() for _ in range(config.accumulate)]
+        batches = self._batches(self.world.rank, self.world.size)
         lr = learning_rate(config, progress.tokens, progress.since)
         self._pending.append((progress.step, place, lr, self.stepper(batches, progress.step, lr)))
         progress.step += 1
         progress.tokens += config.batch_tokens
         progress.data = self.data.state_dict()
+
+    def _batches(self, rank: int = 0, size: int = 1) -> list[PackedBatch]:
+        """The micro-batches of the next step, of those that fall to ``rank`` of ``size``."""
+        found = []
+        for index in range(self.config.accumulate):
+            if index % size == rank:
+                found.append(self.data.next())
+            else:
+                self.data.skip()
+        return found
 
     def _log(self) -> None:
         """Write the mean of the steps since the last line; the one place where the host waits for the GPU."""
@@ -147,7 +195,7 @@ class Trainer:
             "lr": self._pending[-1][2],
             "grad_norm": mean[4],
             "tokens_per_second": rate,
-            "peak_memory_gib": peak_memory_gib(self.model.device),
+            "peak_memory_gib": self.world.most(peak_memory_gib(self.model.device)),
         }
         self._pending.clear()
         self.metrics.train(record)
@@ -157,17 +205,24 @@ class Trainer:
         self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
 
     def _stop_at(self, step: int, place: dict[str, int], row: Tensor) -> None:
-        """Keep the batch that made the loss or its gradient infinite or NaN, and say where."""
-        config = self.config
+        """Keep the batch that made the loss or its gradient infinite or NaN, all ranks' of it, and say where."""
         self.data.load_state_dict(place)
-        batches = [self.data.next() for _ in range(config.accumulate)]
+        batches = self._batches()
+        ranks = (~row[5:].isfinite()).nonzero().flatten().tolist()
         path = self.out / f"bad-batch-{step:08d}.pt"
-        kept = {"step": step, "blocks": asdict(draw_blocks(config, step)), "values": row}
-        torch.save(kept | {n: torch.cat([getattr(b, n) for b in batches]) for n in ("tokens", "starts", "ends")}, path)
-        raise TidarError(
-            f"the loss or its gradient is not finite at step {step}; its batch is in {path}: lower lr or raise warmup, "
-            "and go on from the last checkpoint"
-        )
+        kept = {"step": step, "blocks": asdict(draw_blocks(self.config, step)), "values": row[:5], "ranks": ranks}
+        kept |= {n: torch.cat([getattr(b, n) for b in batches]) for n in ("tokens", "starts", "ends")}
+
+        def stop() -> None:
+            torch.save(kept, path)
+            where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
+            raise TidarError(
+                f"the loss or its gradient is not finite at step {step}{where}; its batch is in {path}: lower lr or "
+                "raise warmup, and go on from the last checkpoint"
+            )
+
+        self._saver.wait()
+        self.world.first(stop)
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -182,17 +237,34 @@ class Trainer:
     def _save(self) -> None:
         self._log()  # nothing that is not finite is ever saved
         if self._saved != self.progress.step:
-            checkpoint.save_checkpoint(
-                self.out, self.model, self.stepper.optimizer, self.progress, keep_last=self.config.keep_last
-            )
+            optimizer = self.stepper.optimizer
+            if self.world.size > 1:
+                self._saver.save(self.model, optimizer, self.progress)
+            else:
+                keep = self.config.keep_last
+                checkpoint.save_checkpoint(self.out, self.model, optimizer, self.progress, keep_last=keep)
             self._saved = self.progress.step
         self._restart_clock()
 
     def _export(self) -> Path:
         """The final model: weights alone, in bf16 if the run used it, and its progress for who wants to go on."""
         final = self.out / "model"
-        checkpoint.save_weights(final, self.model, self.progress, dtype=self.config.dtype)
+        weights = parallel.whole_weights(self.model, self.world) if self.world.size > 1 else None
+        self._saver.wait()
+
+        def write() -> None:
+            checkpoint.save_weights(final, self.model, self.progress, dtype=self.config.dtype, weights=weights)
+
+        self.world.first(write)
         return final
+
+
+def _out_of_memory(config: TrainConfig, world: World) -> str:
+    remedies = [f"lower micro_batch (now {config.micro_batch}), which changes no result"]
+    if not config.activation_checkpointing:
+        remedies.append("set activation_checkpointing")
+    remedies.append("use more GPUs")
+    return f"rank {world.rank} is out of GPU memory: {', or '.join(remedies)}; then go on with --resume"
 
 
 def _due(step: int, every: int) -> bool:
