@@ -70,9 +70,6 @@ class Turned:
         given |= {"q_norm": None, "k_norm": None} | {n: t.to(DEVICE) for n, t in turn.items()}
         return given | {"heads": torch.cat([given.pop(n) for n in ("q", "k_new", "v_new")], 2)}
 
-    def options(self) -> dict[str, Any]:
-        return self.step.options
-
 
 def cloned(given: dict[str, Any]) -> dict[str, Any]:
     return {n: t if t is None else t.clone() for n, t in given.items()}
@@ -81,7 +78,7 @@ def cloned(given: dict[str, Any]) -> dict[str, Any]:
 def at_once(case: Turned, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Output and both stores."""
     now, workspace = cloned(given), case.step.workspace()
-    out = step_attention.rotate_attend(**now, eps=EPS, **case.options(), workspace=workspace)
+    out = step_attention.rotate_attend(**now, eps=EPS, **case.step.options, workspace=workspace)
     assert not workspace.arrived.any(), "the last split sets the counters back"
     assert all(torch.equal(bits(now[n]), bits(t)) for n, t in given.items() if t is not None and n not in STORES)
     return out, now["k_pages"], now["v_pages"]
@@ -97,7 +94,7 @@ def one_by_one(
     names = ("heads", "q_norm", "k_norm", "cos", "sin")
     cache = [now[n] for n in (*STORES, "block_table", "lengths")]
     heads = turn(*(now[n] for n in names), offsets, *cache, now["counts"], eps=EPS)
-    out = attend(*heads, *cache, now["levels"], sinks=now["sinks"], **case.options(), **more)
+    out = attend(*heads, *cache, now["levels"], sinks=now["sinks"], **case.step.options, **more)
     return out, now["k_pages"], now["v_pages"]
 
 
@@ -255,7 +252,7 @@ def test_a_fault_is_caught(fault: str) -> None:
 
 def test_mistakes() -> None:
     case = Turned(Case())
-    given = case.tensors() | {"eps": EPS} | case.options()
+    given = case.tensors() | {"eps": EPS} | case.step.options
     with pytest.raises(TidarError, match="both or not at all"):
         step_attention.rotate_attend(**(given | {"k_norm": None}))
     with pytest.raises(TidarError, match="counts must be int32"):

@@ -10,7 +10,7 @@ __all__ = ["load"]
 
 def load(*, plain: bool) -> Any:
     """A namespace with ``embed``, ``norm_linear``, ``norm_gated``, ``linear_add``, ``linear_add_norm``, ``norm``,
-    ``rotate``, ``attend``, ``rotate_attend``, ``sample``, ``accept``, ``chain``, and ``exchange``, the memory of the
+    ``rotate``, ``attend``, ``rotate_attend``, ``sample``, ``accept``, ``chain``, and ``shortlists``, the memory of the
     last.
 
     Args:
@@ -23,12 +23,12 @@ def load(*, plain: bool) -> Any:
 
         for module in (reference, reference_chain, reference_products, plain_sample, reference_step):
             names |= {name: getattr(module, name) for name in module.__all__}
-        names["exchange"] = lambda *_: None
+        names["shortlists"] = lambda *_: None
     else:
         from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, step_attention
 
         for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
-        make = chain.Exchange.for_step
-        names["exchange"] = lambda rows, places, vocab, device: make(rows, places, vocab, device=device)
+        make = chain.Shortlists.for_step
+        names["shortlists"] = lambda rows, places, device: make(rows, places, device=device)
     return SimpleNamespace(**names)

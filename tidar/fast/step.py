@@ -163,9 +163,7 @@ class Network:
             offset=1,
             sampling=flags.sampling,
             out=drafts,
-            exchange=slots.once(
-                ("exchange", base.shape), lambda: ops.exchange(*states.shape, len(lean.head), base.device)
-            ),
+            shortlists=slots.once(("shortlists", made.shape), lambda: ops.shortlists(*made.shape, base.device)),
         )
 
 

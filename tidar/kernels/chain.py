@@ -1,22 +1,20 @@
-"""The drafts of a block, chosen one after another in one launch, as a Triton kernel.
+"""Drafts that lean on the one before them, chosen without waiting for one another, as two Triton kernels.
 
-With a `tidar.transition` each draft waits for the one before it, so R drafts are R small products in a row, and what
-they cost is launches and reads of the table. Here a grid of programs stays on the GPU for the whole chain, and each
-keeps its slice of the table. At each place a program finds the best token of its slice, tells it to the others and
-waits for theirs; all of them then know the draft, and nobody has to hand it out.
+With a `tidar.transition` the logits of a draft hang on the token before it, so R drafts seem to be R small products in
+a row. But few tokens have a chance: each place has a shortlist of S tokens, the best by the head's logits alone, and
+its draft is one of them (the beam of NART-CRF, Sun et al. 2019). What follows each token of a list within the next one
+is computed for all at once: R products of S gates with S tokens, none of which waits for another. Which of these R·S
+successors are the drafts is then a walk of R look-ups. The first kernel makes the lists; the second one finds the
+successors, and the last of its programs walks.
 
-What is told is one 64-bit word: 32 bits that order as the score, 31 that order the lower token first, and the parity of
-the launch. Whatever one program learns from another is in that word, and 64 aligned bits arrive whole, so relaxed
-atomics are enough: no other memory has to be seen in any order. Each word has one writer, which writes it once in every
-launch; so before a launch all of them have the parity of the launch before, whether it was made directly or by a CUDA
-graph. A program reads that parity off a word of its own and takes the other one, and waits until it sees the other one
-in the words of all. Nothing is ever cleared.
+As any draft is exact, a token that is on no list only costs acceptance. Lists are made by groups, without a sort:
+tokens are dealt to G groups in turn, 8 at a time, and each group names its best K. Of up to G·K tokens all are listed.
+A group of more than 128 tokens deals them to 128 lanes in turn, and of each lane knows only the best.
 
-Waiting for one another is safe only if all programs run at once: the launch is cooperative, so the driver starts all
-of them together or refuses. Should a word never come all the same, a program goes on without it after a while.
-`tidar.kernels.reference_chain` is the plain twin.
+How programs meet, and why they see what others left: `tidar.kernels.attention_parts`. `tidar.kernels.reference_chain`
+is the plain twin.
 
-Legend: B rows, R drafts, V vocabulary, W width of the transition.
+Legend: B rows, R drafts, V vocabulary, W width of the transition, G groups of K listed tokens, S = G·K.
 """
 
 from __future__ import annotations
@@ -29,168 +27,157 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.errors import TidarError
-from tidar.kernels import noise
-from tidar.kernels.reference_chain import check_chain
+from tidar.kernels.attention_parts import last_to_come
+from tidar.kernels.noise import gumbel, words
+from tidar.kernels.pdl import begin, options
+from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, lanes
 from tidar.kernels.workspace import power_of_2
 
-__all__ = ["Exchange", "chain"]
+__all__ = ["Shortlists", "chain"]
 
 LAST = tl.constexpr(2**31 - 1)
-LEAST = tl.constexpr(-(2**63))  # below the word of any token, even of score -inf; its parity bit is 0
-PATIENCE = tl.constexpr(1 << 14)
-"""Looks at the others' words, some milliseconds, before a program goes on without them: a wrong draft is only rejected,
-where a wait without end would stop the GPU."""
-HELD = 128 * 1024
-"""Bytes of the table that a program may hold: of the 227 KiB of shared memory that a multiprocessor has for it."""
+LEAST = tl.constexpr(-(2**31))  # below the order of any score
+BITS = tl.constexpr(22)  # a successor's word is its slot, and below it so many bits of its token
+TOKEN = tl.constexpr(2**22 - 1)
+TOGETHER = 4  # groups of a program, a warp each
+ROWS = 64  # tokens whose successors a program finds: the rows of a Hopper matrix instruction
+SLOTS = GROUPS * KEPT
 
 
 @triton.jit
-def _word(score, token, parity):
+def _order(score):
+    """Integers that order as the scores do."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 is 0
-    order = bits ^ ((bits >> 31) & LAST)  # integers that order as floats do
-    return (order.to(tl.int64) << 32) | ((token ^ LAST).to(tl.int64) << 1) | parity
+    return bits ^ ((bits >> 31) & LAST)
 
 
 @triton.jit
-def _ahead(
-    base, state, made, temperature, seed, position, row, real, token, held, quad, column, inside, place,
-    base_row, base_place, state_row, state_place, made_row, made_place, SAMPLING: tl.constexpr,
-):  # fmt: skip
-    """What a place needs that does not hang on the token before it: scores so far, state, whether it was made."""
-    at = row.to(tl.int64)
-    start = base + at * base_row + place * base_place
-    score = tl.load(start[:, None] + token[None, :], mask=real[:, None] & held[None, :], other=0.0)
+def _shortlist(
+    base, suppressed, temperature, seed, lengths, tokens, scores, noise, offset, base_row, base_place,
+    VOCAB: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TOGETHER: tl.constexpr, KEPT: tl.constexpr,
+    DEALT: tl.constexpr, SAMPLING: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """What some groups of a place name."""
+    begin(PDL)
+    part, place, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group, lane = part * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, LANES)
+    dealt = (lane // DEALT * (GROUPS * DEALT) + lane % DEALT)[None, :] + group[:, None] * DEALT
+    logits = base + row * base_row + place * base_place
+    order = tl.full((TOGETHER, LANES), LEAST, tl.int32)
+    token = dealt
+    for start in tl.range(0, VOCAB, GROUPS * LANES, num_stages=4):
+        new = start + dealt
+        score = tl.load(logits + new, mask=new < VOCAB, other=float("-inf"))
+        score = tl.where(tl.load(suppressed + new, mask=new < VOCAB, other=1) == 0, score, float("-inf"))
+        new_order = _order(score)
+        token = tl.where(new_order > order, new, token)
+        order = tl.maximum(order, new_order)
+
+    rank = tl.arange(0, KEPT)[None, :]
+    chosen = tl.zeros((TOGETHER, KEPT), tl.int32)
+    value = tl.zeros((TOGETHER, KEPT), tl.int32)
+    for r in tl.static_range(KEPT):
+        peak = tl.max(order, 1)[:, None]
+        best = tl.min(tl.where(order == peak, token, LAST), 1)[:, None]
+        order = tl.where(token == best, LEAST, order)
+        chosen = tl.where(rank == r, best, chosen)
+        value = tl.where(rank == r, peak, value)
+    # A group may have lanes without tokens: their score is -inf, and what stands for them must only be a token.
+    chosen = tl.reshape(tl.minimum(chosen, VOCAB - 1), (TOGETHER * KEPT,))
+    value = tl.reshape(value ^ ((value >> 31) & LAST), (TOGETHER * KEPT,)).to(tl.float32, bitcast=True)
+    slot = ((row * tl.num_programs(1) + place) * tl.num_programs(0) + part) * (TOGETHER * KEPT)
+    slot += tl.arange(0, TOGETHER * KEPT)
+    tl.store(tokens + slot, chosen)
+    tl.store(scores + slot, value)
+    if SAMPLING:
+        heat = tl.load(temperature + row).to(tl.float32)
+        position = tl.load(lengths + row).to(tl.int64) + offset + place
+        bits = tl.reshape(words(tl.load(seed + row), position, chosen // 4), (TOGETHER * KEPT, 4))
+        own = tl.arange(0, 4)[None, :] == (chosen % 4)[:, None]
+        tl.store(noise + slot, heat * gumbel(tl.sum(tl.where(own, bits, 0), 1)))
+
+
+@triton.jit
+def _follow(
+    state, first, made, token_table, mix, tokens, scores, noise, following, arrived, out,
+    state_row, state_place, first_row, made_row, made_place, out_row, out_place,
+    PLACES: tl.constexpr, PLACES_UP: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, SAMPLING: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """The successors, within a place's shortlist, of some tokens of the one before; the last to come to a row walks."""
+    begin(PDL)
+    part, place, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here = (row * PLACES + place) * SLOTS
+    slot, line, k = tl.arange(0, SLOTS), part * ROWS + tl.arange(0, ROWS), tl.arange(0, DEPTH)[None, :]
+    token = tl.load(tokens + here + slot).to(tl.int64)
+    # The first place has one token before it, which stands for all.
+    before = tl.load(tokens + here - SLOTS + line, mask=place > 0, other=0).to(tl.int64)
+    before = tl.where(place > 0, before, tl.load(first + row * first_row))
+    state += row * state_row + place * state_place
+
+    acc = tl.zeros((ROWS, SLOTS), tl.float32)
+    for d in range(0, WIDTH, DEPTH):
+        leaning = tl.load(token_table + before[:, None] * W + (d + k), mask=d + k < W, other=0.0).to(tl.float32)
+        gate = leaning + tl.load(state + d + k, mask=d + k < W, other=0.0)
+        weight = tl.load(mix + token[:, None] * W + (d + k), mask=d + k < W, other=0.0)
+        gate = (gate * tl.sigmoid(gate)).to(weight.dtype)
+        # Triton's default for float32 is tf32, which would choose other drafts than the twin.
+        acc = tl.dot(gate, tl.trans(weight), acc, input_precision="ieee")
+    acc += tl.load(scores + here + slot)[None, :]
     if SAMPLING:
         # logits / T + noise has its maximum where logits + T · noise has, which also serves T = 0 and overflows never.
-        bits = noise.words(seed[:, None], (position + place)[:, None], quad[None, :])
-        score += temperature[:, None] * noise.gumbel(bits)
-    start = state + at * state_row + place * state_place
-    gate = tl.load(start[:, None] + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-    return score, gate.to(tl.float32), tl.load(made + at * made_row + place * made_place, mask=real, other=0)
+        acc += tl.load(noise + here + slot)[None, :]
+    acc = tl.where(acc == acc, acc, float("-inf"))  # NaN would equal nothing
+    leading = tl.where(acc == tl.max(acc, 1)[:, None], (slot << BITS | token.to(tl.int32))[None, :], LAST)
+    tl.store(following + here + line, tl.min(leading, 1))
 
-
-@triton.jit
-def _chain(
-    base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out, words, offset,
-    base_row, base_place, state_row, state_place, first_row, made_row, made_place, out_row, out_place,
-    BATCH: tl.constexpr, PLACES: tl.constexpr, VOCAB: tl.constexpr, W: tl.constexpr, SAMPLING: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, SLOTS: tl.constexpr,
-) -> None:  # fmt: skip
-    program, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    real, column, slot = row < BATCH, tl.arange(0, WIDTH), tl.arange(0, SLOTS)
-    inside = column < W
-    token = program * TILE + tl.arange(0, TILE)
-    held = token < VOCAB
-    quad = program * (TILE // 4) + tl.arange(0, TILE // 4)  # of four tokens, whose noise is made together
-    table = tl.load(
-        mix + token.to(tl.int64)[:, None] * W + column[None, :], mask=held[:, None] & inside[None, :], other=0.0
-    )
-    allowed = tl.load(suppressed + token, mask=held, other=1) == 0
-
-    at = row.to(tl.int64)
-    before = tl.load(first + at * first_row, mask=real, other=0)
-    heat, key, position = 0.0, 0, 0
-    if SAMPLING:
-        heat = tl.load(temperature + row, mask=real, other=0.0).to(tl.float32)
-        key = tl.load(seed + row, mask=real, other=0)
-        position = tl.load(lengths + row, mask=real, other=0).to(tl.int64) + offset
-    mine = words + row * PROGRAMS + program
-    theirs = words + row[:, None] * PROGRAMS + slot[None, :]
-    awaited = real[:, None] & (slot < PROGRAMS)[None, :]
-    parity = 1 - (tl.load(words + tl.program_id(1) * ROWS * PROGRAMS + program, volatile=True) & 1)
-
-    score, gate, kept = _ahead(
-        base, state, made, heat, key, position, row, real, token, held, quad, column, inside, 0,
-        base_row, base_place, state_row, state_place, made_row, made_place, SAMPLING,
-    )  # fmt: skip
-    for place in range(PLACES):
-        leaning = tl.load(
-            token_table + before[:, None] * W + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
-        )
-        gate += leaning.to(tl.float32)
-        gate = (gate * tl.sigmoid(gate)).to(table.dtype)
-        # A matrix unit takes 16 rows at least. One row is repeated: dearer are sums of products across threads.
-        product = tl.dot(tl.broadcast_to(gate, (16, WIDTH)), tl.trans(table), input_precision="ieee")
-        if ROWS == 1:
-            product = tl.max(product, 0)[None, :]  # of 16 equals
-        score += product
-        score = tl.where(allowed[None, :], score, float("-inf"))
-        best = tl.max(tl.where(held[None, :], _word(score, token[None, :], parity), parity | LEAST), 1)
-        tl.atomic_xchg(mine + place * BATCH * PROGRAMS, best, mask=real, sem="relaxed", scope="gpu")
-
-        # The words of the others take a while to come: time for the next place. After the last one, in vain.
-        made_here = kept
-        score, gate, kept = _ahead(
-            base, state, made, heat, key, position, row, real, token, held, quad, column, inside,
-            tl.minimum(place + 1, PLACES - 1),
-            base_row, base_place, state_row, state_place, made_row, made_place, SAMPLING,
-        )  # fmt: skip
-        told = tl.load(theirs + place * BATCH * PROGRAMS, mask=awaited, other=parity | LEAST, volatile=True)
-        patience = PATIENCE
-        while (tl.max((told & 1 ^ parity).to(tl.int32)) != 0) & (patience > 0):
-            patience -= 1
-            told = tl.load(theirs + place * BATCH * PROGRAMS, mask=awaited, other=parity | LEAST, volatile=True)
-        chosen = ((tl.max(told, 1) >> 1) & LAST) ^ LAST
-        before = tl.where(made_here != 0, chosen, 0)
-        tl.store(out + at * out_row + place * out_place, before, mask=real & (program == 0))
+    if last_to_come(arrived + row, PLACES * (SLOTS // ROWS)):
+        places, every = tl.arange(0, PLACES_UP), tl.arange(0, PLACES_UP * SLOTS)
+        real = places < PLACES
+        kept = tl.load(made + row * made_row + places * made_place, mask=real, other=0) != 0
+        # Look-ups wait for one another. So all successors are read at once before, which brings them into the L1 cache.
+        # None is negative: the walk starts at slot 0, and not before they are there.
+        table = following + row * PLACES * SLOTS
+        at = tl.minimum(tl.max(tl.load(table + every, mask=every < PLACES * SLOTS, other=0)), 0)
+        walked = tl.zeros((PLACES_UP,), tl.int32)
+        for j in range(PLACES):
+            word = tl.load(table + j * SLOTS + at)
+            walked = tl.where(places == j, word, walked)
+            at = word >> BITS
+        draft = tl.where(kept, walked & TOKEN, 0).to(tl.int64)
+        tl.store(out + row * out_row + places * out_place, draft, mask=real)
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
-    """Where the programs of a launch tell each other their best tokens, for one shape; one launch at a time uses it.
+class Shortlists:
+    """What the kernels leave for one another, for one shape; one launch at a time uses it.
 
     Attributes:
-        words: (R, B, programs) int64; before a launch all have the same lowest bit. Never to be written by others.
-        rows: rows of the batch that a program serves. Other rows are chains of their own, served by other programs.
-        tile: tokens whose rows of the table a program holds; a power of 2.
-        warps: of a program; None to have as many as the size of its slice asks for.
+        tokens: (B, R, S) int32, the shortlists.
+        scores: (B, R, S) float32, their logits without the transition.
+        noise: (B, R, S) float32, noise times temperature; written if there is any.
+        following: (B, R, S) int32, the successor's slot and token for each token of the list before.
+        arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
     """
 
-    words: Tensor
-    rows: int
-    tile: int
-    warps: int | None = None
+    tokens: Tensor
+    scores: Tensor
+    noise: Tensor
+    following: Tensor
+    arrived: Tensor
 
     @classmethod
-    def for_step(
-        cls,
-        rows: int,
-        places: int,
-        vocab: int,
-        *,
-        programs: int | None = None,
-        warps: int | None = None,
-        device: torch.device | str,
-    ) -> Exchange:
-        """Memory for R ``places`` in B ``rows`` over a vocabulary of V.
-
-        Args:
-            programs: of the whole launch, at most; 128 by default, and no more than the GPU has multiprocessors.
-                Without a GPU, where they run one after another, by default so few that none has to wait.
-            warps: a power of 2, to replace the choice of `tidar.kernels.chain.warps`.
+    def for_step(cls, rows: int, places: int, *, device: torch.device | str) -> Shortlists:
+        """Memory for R ``places`` in B ``rows``.
 
         Raises:
-            TidarError: sizes below 1, or too few multiprocessors for so many rows.
+            TidarError: sizes below 1.
         """
-        device = torch.device(device)
-        served = 1 if rows == 1 else 16
-        groups = -(-rows // served)
-        if programs is None:
-            programs = 128 if device.type == "cuda" else max(groups, 1)
-        if min(rows, places, vocab, programs) < 1:
-            raise TidarError(f"sizes must be at least 1: {rows} rows, {places} drafts, {vocab} tokens, {programs}")
-        if device.type == "cuda":
-            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
-        if groups > programs:
-            raise TidarError(f"{rows} rows are too many for {programs} programs at once: split the batch")
-        tile = max(16, power_of_2(-(-vocab // (programs // groups))))
-        words = torch.zeros(places, rows, -(-vocab // tile), dtype=torch.int64, device=device)
-        return cls(words, served, tile, warps)
-
-
-def warps(held: int) -> int:
-    """Warps of a program that holds so many numbers of the table: 64 a thread."""
-    return min(max(held // 2048, 4), 16)
+        if min(rows, places) < 1:
+            raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
+        tokens, following = (torch.zeros(rows, places, SLOTS, dtype=torch.int32, device=device) for _ in range(2))
+        scores, noise = (torch.zeros(rows, places, SLOTS, dtype=torch.float32, device=device) for _ in range(2))
+        return cls(tokens, scores, noise, following, torch.zeros(rows, dtype=torch.int32, device=device))
 
 
 def chain(
@@ -208,36 +195,37 @@ def chain(
     offset: int,
     sampling: bool,
     out: Tensor | None = None,
-    exchange: Exchange | None = None,
+    shortlists: Shortlists | None = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each of the logits that its mask and the draft before it give (`tidar.transition`).
 
-    Draft j (from 0) of row b is the token with the highest ``logits + temperature[b] · noise``, the lowest id among
-    equals, where ``logits = base[b, j] + mix @ silu(state[b, j] + token_table[before])`` and the noise is that of
-    position ``lengths[b] + offset + j`` (`tidar.noise.gumbel`). The gate is rounded to the dtype of ``mix``. Tokens are
-    not filtered, as any draft is exact. The head must be linear: one that caps its logits has no ``mix``.
+    Draft j (from 0) of row b is the token of the place's shortlist with the highest ``logits + temperature[b] ·
+    noise``, the first on the list among equals, where ``logits = base[b, j] + mix @ silu(state[b, j] +
+    token_table[before])`` and the noise is that of position ``lengths[b] + offset + j`` (`tidar.noise.gumbel`). The
+    gate is rounded to the dtype of ``mix``. The shortlist is made of ``base[b, j]`` alone, and its tokens are not
+    filtered, as any draft is exact. The head must be linear: one that caps its logits has no ``mix``.
 
     Args:
         base: (B, R, V) float32, contiguous in V: the head's logits of the masks' hidden states.
         state: (B, R, W) float32, contiguous in W: the transition's view of them, `Transition.state` of the norm.
         first: (B,) int64 in 0 … V - 1, the certain token before the first draft. Not checked: it stays on the device.
-        made: (B, R) bool. A draft that nobody made is token 0, and the chain goes on from it.
+        made: (B, R) bool. A draft that nobody made is token 0; those behind it are as if it had been made.
         token_table: (V, W) float32, float16 or bfloat16, contiguous: the transition's view of each token.
         mix: (V, W) in the dtype of ``token_table``, contiguous: the head's weight times `Transition.out`'s.
-        suppressed: (V,) bool, tokens that are never drafted.
+        suppressed: (V,) bool, tokens that are never drafted, unless all are.
         temperature: (B,) floating point; 0 is greedy.
         seed: (B,) int64.
         lengths: (B,) int32.
         offset: of the first draft's position from ``lengths``.
         sampling: whether any temperature may be above 0; without, the three tensors above are not read.
         out: (B, R) int64, any strides, where to write; it may share memory with ``first``, but no element.
-        exchange: made for these sizes. Made anew without; give one, and ``out``, where nothing may be allocated.
+        shortlists: made for these sizes. Made anew without; give them, and ``out``, where nothing may be allocated.
 
     Returns:
         ``out``.
 
     Raises:
-        TidarError: arguments that do not fit together, or a vocabulary whose table does not fit in the programs.
+        TidarError: arguments that do not fit together.
     """
     check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out)
     rows, places, vocab = base.shape
@@ -248,19 +236,39 @@ def chain(
         raise TidarError("tables and sampling parameters must be contiguous")
     if any(t.stride(-1) != 1 for t in (base, state)):
         raise TidarError("logits and states must be contiguous in their last axis")
-    if exchange is None:
-        exchange = Exchange.for_step(rows, places, vocab, device=base.device)
-    words, tile, padded = exchange.words, exchange.tile, max(16, power_of_2(width))
-    if words.shape != (places, rows, -(-vocab // tile)) or words.device != base.device:
-        raise TidarError(f"the exchange was made for {tuple(words.shape)} on {words.device}: make one for this step")
-    if tile * padded * mix.element_size() > HELD:
-        raise TidarError(f"{tile} rows of the table are too many for a program: use tidar.kernels.reference_chain")
+    if vocab > TOKEN.value:
+        raise TidarError(f"the kernel has no vocabularies above {TOKEN.value}: use tidar.kernels.reference_chain")
+    if shortlists is None:
+        shortlists = Shortlists.for_step(rows, places, device=base.device)
+    tokens = shortlists.tokens
+    if tokens.shape[:2] != (rows, places) or tokens.device != base.device:
+        raise TidarError(f"the shortlists were made for {tuple(tokens.shape)} on {tokens.device}: make some for this")
     out = torch.empty(rows, places, dtype=torch.int64, device=base.device) if out is None else out
-    _chain[words.shape[2], triton.cdiv(rows, exchange.rows)](
-        base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out, words, offset,
-        *base.stride()[:2], *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(),
-        BATCH=rows, PLACES=places, VOCAB=vocab, W=width, SAMPLING=sampling, ROWS=exchange.rows, TILE=tile,
-        WIDTH=padded, PROGRAMS=words.shape[2], SLOTS=power_of_2(words.shape[2]),
-        num_warps=exchange.warps or warps(tile * padded), num_stages=1, launch_cooperative_grid=True,
+    lists = tokens, shortlists.scores, shortlists.noise
+    _shortlist[GROUPS // TOGETHER, places, rows](
+        base, suppressed, temperature, seed, lengths, *lists, offset, *base.stride()[:2],
+        VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
+        SAMPLING=sampling, num_warps=TOGETHER, **options(base.device),
+    )  # fmt: skip
+    _follow[SLOTS // ROWS, places, rows](
+        state, first, made, token_table, mix, *lists, shortlists.following, shortlists.arrived, out,
+        *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(), PLACES=places, SAMPLING=sampling,
+        **sizes(places, width, mix.element_size()), **options(base.device),
     )  # fmt: skip
     return out
+
+
+def sizes(places: int, width: int, itemsize: int) -> dict[str, int]:
+    """Of `_follow`: constants and launch. Four steps of the width are in flight, or all of a common one's."""
+    padded = max(16, power_of_2(width))
+    return {
+        "PLACES_UP": power_of_2(places),
+        "W": width,
+        "WIDTH": padded,
+        "DEPTH": min(padded, 64 if itemsize == 2 else 16),
+        "SLOTS": SLOTS,
+        "ROWS": ROWS,
+        # One warpgroup: a second would compute all gates again. Without tensor cores the sums need more registers.
+        "num_warps": 4 if itemsize == 2 else 8,
+        "num_stages": 4,
+    }

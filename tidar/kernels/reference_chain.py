@@ -1,20 +1,30 @@
-"""What the kernel of `tidar.kernels.chain` computes, written plainly; the path taken without a GPU.
+"""What the kernels of `tidar.kernels.chain` compute, written plainly; the path taken without a GPU.
 
 Same names, same arguments.
 
-Legend: B rows, R drafts, V vocabulary, W width of the transition.
+Legend: B rows, R drafts, V vocabulary, W width of the transition, G groups, S tokens of a shortlist.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from tidar.errors import TidarError
 from tidar.noise import gumbel
 
-__all__ = ["chain", "check_chain", "score"]
+__all__ = ["chain", "check_chain", "lanes", "shortlist"]
+
+GROUPS = 32
+"""G. With twice as many, so 512 tokens on a list, more drafts are accepted, but about as much is lost in time."""
+KEPT = 8
+"""K, tokens that a group names."""
+DEALT = 8
+"""Tokens dealt to a group at a time: 32 bytes of logits, so that nothing is read in vain. In turn, because tokens of
+low numbers are frequent ones, and would be one group's."""
+LANES = 128
+"""Of a group, at most."""
 
 
 def chain(
@@ -32,31 +42,51 @@ def chain(
     offset: int,
     sampling: bool,
     out: Tensor | None = None,
-    exchange: object = None,
+    shortlists: object = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each leaning on the one before; arguments as `tidar.kernels.chain.chain`.
 
-    Any floating dtypes, float64 included, in which the sums are then; ``exchange`` is not read.
+    Any floating dtypes, float64 included, in which the sums are then; ``shortlists`` is not read.
     """
     check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out)
     out = torch.empty(base.shape[:2], dtype=torch.int64, device=base.device) if out is None else out
-    before = first
+    wide, before = base.dtype, first
+    listed = shortlist(base, suppressed)
+    scores = base.masked_fill(suppressed, -torch.inf).gather(2, listed)
     for place in range(base.shape[1]):
-        scores = score(base[:, place], state[:, place], before, token_table, mix, suppressed)
+        tokens = listed[:, place]
+        gate = silu(state[:, place].to(wide) + token_table[before].to(wide)).to(mix.dtype)
+        score = scores[:, place] + (mix[tokens].to(wide) @ gate.to(wide)[:, :, None])[:, :, 0]
         if sampling:
             position = lengths.long()[:, None] + offset + place
-            noise = gumbel(seed, position, base.shape[2])[:, 0]
-            scores = scores + temperature[:, None].to(scores.dtype) * noise
-        before = torch.where(made[:, place].bool(), scores.argmax(-1), 0)
-        out[:, place] = before
+            noise = gumbel(seed, position, base.shape[2])[:, 0].gather(1, tokens)
+            score = score + temperature[:, None].to(wide) * noise
+        before = tokens.gather(1, score.argmax(1, keepdim=True))[:, 0]
+        out[:, place] = torch.where(made[:, place].bool(), before, 0)
     return out
 
 
-def score(base: Tensor, state: Tensor, before: Tensor, token_table: Tensor, mix: Tensor, suppressed: Tensor) -> Tensor:
-    """Logits (B, V) of the drafts behind the tokens ``before`` (B,), from a place's (B, V) and (B, W)."""
-    wide = base.dtype
-    gate = silu(state.to(wide) + token_table[before].to(wide)).to(mix.dtype)
-    return (base + gate.to(wide) @ mix.to(wide).T).masked_fill(suppressed, -torch.inf)
+def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
+    """The tokens (B, R, S) that drafts are chosen from, by their logits (B, R, V) alone.
+
+    Group by group, in each the best first, lower tokens before higher ones among equals. Where a group has too few
+    tokens, the last token of the vocabulary fills its list.
+    """
+    vocab = base.shape[-1]
+    count = GROUPS * lanes(vocab)
+    scores = pad(base.masked_fill(suppressed, -torch.inf), (0, -vocab % count), value=-torch.inf)
+    scores, won = scores.unflatten(-1, (-1, count // (GROUPS * DEALT), GROUPS, DEALT)).max(-4)  # of each lane
+    token = won * count + torch.arange(count, device=base.device).view(won.shape[-3:])
+    scores, token = (t.transpose(-3, -2).flatten(-2) for t in (scores, token))
+    token, order = token.sort(-1)
+    best = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices[..., :KEPT]
+    listed: Tensor = token.gather(-1, best).flatten(-2).clamp(max=vocab - 1)
+    return listed
+
+
+def lanes(vocab: int) -> int:
+    """Lanes that a group deals its tokens to; a power of 2, enough for one token each or `LANES`."""
+    return min(LANES, max(DEALT, 1 << (-(-vocab // GROUPS) - 1).bit_length()))
 
 
 def check_chain(

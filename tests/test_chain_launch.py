@@ -1,0 +1,249 @@
+"""The kernels that choose drafts from shortlists: ties, garbage, who comes last, mistakes, a GPU, and the compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tidar.errors import TidarError
+from tidar.kernels import reference_chain as twin
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
+from test_chain import DEVICE, Case, computed, follows  # noqa: E402
+
+from tidar.kernels import chain  # noqa: E402
+from tidar.kernels.chain import Shortlists  # noqa: E402
+
+
+def test_the_first_on_the_list_of_equals() -> None:
+    """Which is the lowest token, unless that is of a later group: 32 groups of 8 tokens have one turn each."""
+    case = Case(places=5, vocab=520)
+    given = case.tensors()
+    given["mix"].zero_()
+    given["made"].fill_(True)
+    given["suppressed"] = torch.arange(case.vocab, device=DEVICE) < 3
+    given["base"].fill_(-1.5)
+    given["base"][:, 1] = torch.tensor([-0.0, 0.0], device=DEVICE).repeat(260).roll(1)
+    given["base"][:, 2, 8:20], given["base"][:, 2, 20:], given["base"][:, 2, :8] = -2.0, -torch.inf, -3.0
+    given["base"][:, 3, [16, 257]] = 1.0  # groups 2 and 0
+    given["base"][:, 4] = -torch.inf
+    assert computed(case, given).tolist() == [[3, 3, 8, 257, 0]] * 2
+    assert torch.equal(twin.chain(**given).cpu(), computed(case, given).cpu())
+
+
+def test_many_equals() -> None:
+    """Small integers, of which one is weighed: sums are exact in any order, and most scores occur more than once."""
+    case = Case(places=4, vocab=700)
+    for seed in range(2):
+        given = case.tensors(seed)
+        given["base"].round_()
+        given["mix"].round_()[:, 1:] = 0
+        assert torch.equal(computed(case, given), twin.chain(**given))
+
+
+def test_nan_neither_hangs_nor_stays() -> None:
+    case = Case()
+    given, lists = case.tensors(), case.shortlists()
+    wanted = twin.chain(**given)
+    for name in ("base", "state"):
+        drafts = computed(case, given | {name: torch.full_like(given[name], torch.nan)}, lists)
+        assert ((drafts >= 0) & (drafts < case.vocab)).all()
+    assert torch.equal(computed(case, given, lists), wanted)
+
+
+def test_what_nobody_made_is_not_read() -> None:
+    case = Case(temperature=(0.7,))
+    given = case.tensors(2)
+    wanted = twin.chain(**given)
+    for name in ("base", "state"):
+        given[name][~given["made"]] = torch.nan
+    assert not given["made"].all() and torch.equal(computed(case, given), wanted)
+
+
+def test_memory_made_anew() -> None:
+    given = Case(rows=1, temperature=(1.0,)).tensors()
+    given["made"] = given["made"].to(torch.int8)
+    assert follows(given, chain.chain(**given))
+
+
+# --- who comes last ---
+
+
+@pytest.fixture
+def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's programs, from the last to the first: another one walks."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU's programs come as they like")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    real = InterpreterBuilder.set_grid_idx
+
+    def turned(self: Any, *at: int) -> None:
+        real(self, *(size - 1 - i for size, i in zip(self.grid_dim, at, strict=True)))
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", turned)
+
+
+@pytest.mark.usefixtures("backwards")
+def test_whoever_comes_last() -> None:
+    case = Case(temperature=(0.9,))
+    lists = case.shortlists()
+    for seed in range(2):
+        given = case.tensors(seed)
+        assert torch.equal(computed(case, given, lists), twin.chain(**given)), f"launch {seed}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="its programs may come in another order")
+def test_a_stale_counter_is_caught() -> None:
+    """What `computed` asks of the counters: with one too many, somebody walks before all are there."""
+    case = Case(places=4)
+    given, lists = case.tensors(1), case.shortlists()
+    given["made"].fill_(True)
+    lists.arrived.fill_(case.places * 4 - 1)
+    with pytest.raises(AssertionError):
+        computed(case, given, lists)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+def test_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
+    """Many launches and replays of a graph with fresh inputs, alternately, in one memory."""
+    sizes = {"vocab": 4096, "width": 256} if rows == 1 else {"vocab": 700, "width": 40}
+    case = Case(rows=rows, places=15, temperature=(0.8, 0.0), dtype=dtype, **sizes)
+    held, lists = case.tensors(), case.shortlists()
+    out = torch.empty(rows, 15, dtype=torch.int64, device=DEVICE)
+
+    def run() -> None:
+        chain.chain(**held, out=out, shortlists=lists)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed in range(1, 60):
+        fresh = case.tensors(seed)
+        for name, tensor in held.items():
+            if isinstance(tensor, Tensor):
+                tensor.copy_(fresh[name])
+        kept: Tensor | None = None
+        for call in (graph.replay, run, graph.replay):
+            out.fill_(-7)
+            call()
+            kept = out.clone() if kept is None else kept
+            assert torch.equal(out, kept) and not lists.arrived.any(), f"launch {seed}"
+        if seed < 4:  # by hand is slow
+            assert follows({n: t.cpu() if isinstance(t, Tensor) else t for n, t in held.items()}, out.cpu())
+
+
+# --- mistakes, and the compiler ---
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "float64": ({"base": torch.zeros(2, 5, 77, dtype=torch.float64)}, "tidar.kernels.reference_chain"),
+    "places": ({"state": torch.zeros(2, 4, 24)}, "logits and states"),
+    "vocabulary": ({"mix": torch.zeros(76, 24)}, "tables must be"),
+    "mixed": ({"mix": torch.zeros(77, 24, dtype=torch.float16)}, "one dtype"),
+    "strided table": ({"mix": torch.zeros(24, 77).T}, "contiguous"),
+    "strided logits": ({"base": torch.zeros(2, 77, 5).transpose(1, 2)}, "contiguous"),
+    "integers": ({"temperature": torch.zeros(2, dtype=torch.long)}, "floating point"),
+    "suppressed": ({"suppressed": torch.zeros(77, dtype=torch.int64)}, "bool"),
+    "made": ({"made": torch.zeros(2, 4, dtype=torch.bool)}, "made must be"),
+    "temperature": ({"temperature": torch.zeros(3)}, "temperature"),
+    "first": ({"first": torch.zeros(2, 1, dtype=torch.int64)}, "first"),
+    "seed": ({"seed": torch.zeros(2, dtype=torch.int32)}, "seed"),
+    "lengths": ({"lengths": torch.zeros(2, dtype=torch.int64)}, "int32"),
+    "out": ({"out": torch.zeros(2, 5, dtype=torch.int32)}, "out must be"),
+    "shortlists": ({"shortlists": Shortlists.for_step(2, 4, device=DEVICE)}, "shortlists were made for"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"out": None, "shortlists": None} | Case(places=5, vocab=77).tensors()
+    changed = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in change.items()}
+    with pytest.raises(TidarError, match=message):
+        chain.chain(**(given | changed))
+
+
+def test_more_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TidarError, match="0 rows of 3 drafts"):
+        Shortlists.for_step(0, 3, device=DEVICE)
+    monkeypatch.setattr(chain, "TOKEN", triton.language.constexpr(300))
+    with pytest.raises(TidarError, match="no vocabularies above 300"):
+        chain.chain(**Case(vocab=301).tensors())
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tidar.kernels import chain
+from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, lanes
+dealt = dict(VOCAB={vocab}, GROUPS=GROUPS, LANES=lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
+follow = dict(PLACES={places}, made_place=1, out_place=1, **chain.sizes({places}, 256, {size}))
+types = dict(base="*fp32", state="*fp32", first="*i64", made="*i1", token_table="*{dtype}", mix="*{dtype}",
+    suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
+    noise="*fp32", following="*i32", arrived="*i32")
+for kernel, fixed in ((chain._shortlist, dealt | dict(num_warps=chain.TOGETHER)), (chain._follow, follow)):
+    options = {{n: fixed.pop(n) for n in ("num_warps", "num_stages") if n in fixed}}
+    fixed |= dict(SAMPLING={sampling}, PDL=1)
+    names = kernel.arg_names
+    kinds = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
+    aligned = [n for n in names if kinds[n].startswith("*") and n not in ("out", "made")]
+    aligned += [n for n in ("base_row", "base_place", "state_row", "state_place") if n in names]
+    even = {{(names.index(n),): [["tt.divisibility", 16]] for n in aligned}}
+    source = ASTSource(kernel, kinds, {{(names.index(n),): v for n, v in fixed.items()}}, even)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    path = {path!r} + "/" + made.metadata.name
+    open(path, "wb").write(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    before, _ = ptx.split("griddepcontrol.wait;")
+    touched = [n for n in ("ld.global", "st.global", "cp.async", "atom.", "red.") if n in before]
+    assert not touched, touched
+    print(path, made.metadata.shared, ptx.count("cp.async.cg"), ptx.count("wgmma.mma_async"), ptx.count("redux.sync"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize(
+    ("vocab", "places", "dtype"),
+    [(4096, 15, "bf16"), (4096, 3, "bf16"), (151_936, 15, "bf16"), (4096, 63, "fp16"), (4096, 15, "fp32")],
+)
+def test_compiles_for_hopper_without_spilling(
+    vocab: int, places: int, dtype: str, sampling: bool, tmp_path: Path
+) -> None:
+    given = {"vocab": vocab, "places": places, "dtype": dtype, "size": 4 if dtype == "fp32" else 2}
+    (tmp_path / "compile.py").write_text(COMPILE.format(**given, sampling=sampling, path=str(tmp_path)))
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+    def read(tool: str, option: str, path: str) -> str:
+        return subprocess.run([f"{tools}/{tool}", option, path], capture_output=True, text=True).stdout
+
+    (lists, *listed), (follow, *followed) = (line.split() for line in done.stdout.splitlines())
+    for path in (lists, follow):
+        assert " STACK:0 " in (used := read("cuobjdump", "--dump-resource-usage", path)), used
+    (_, _, _, best), (shared, copies, products, _) = (map(int, numbers) for numbers in (listed, followed))
+    assert best == 16, "the best of a group in two instructions, 8 times"
+    # Logarithms in float64 are slow: a thread computes noise for one token, and where there is none, for none.
+    assert (0 < read("nvdisasm", "-c", lists).count("DFMA") < 200) == sampling
+    assert shared <= 227 * 1024 and copies > 0
+    assert (products > 0) == (dtype != "fp32"), "Hopper's matrix instructions"
+    # The memory order of the counter: successors are stored before it is added to, and look-ups, which go through the
+    # L1 cache, find there no line that is older.
+    code = read("nvdisasm", "-c", follow)
+    order = [code.index(name) for name in ("MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL")]
+    order.append(code.index("LDG.E.128", order[-1]))
+    assert order == sorted(order)
