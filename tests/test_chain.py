@@ -91,13 +91,13 @@ def computed(case: Case, given: dict[str, Any], shortlists: Shortlists | None = 
 
 def listed_by_hand(base: Tensor, suppressed: Tensor) -> list[int]:
     """The list of a place, from its logits (V,)."""
-    lanes = 8
-    while lanes < 128 and 32 * lanes < len(base):
+    count, lanes = twin.GROUPS, 8
+    while lanes < 128 and count * lanes < len(base):
         lanes *= 2
-    groups: list[dict[int, tuple[float, int]]] = [{} for _ in range(32)]
+    groups: list[dict[int, tuple[float, int]]] = [{} for _ in range(count)]
     scores = base.masked_fill(suppressed, -torch.inf).tolist()
     for token, score in enumerate(scores):
-        turn, rest = divmod(token % (32 * lanes), 32 * 8)
+        turn, rest = divmod(token % (count * lanes), count * 8)
         group, lane = groups[rest // 8], turn * 8 + rest % 8
         group[lane] = min(group.get(lane, (torch.inf, len(base))), (-score, token))
     filler = [(torch.inf, len(base) - 1)] * 8
@@ -172,17 +172,17 @@ def test_lists(vocab: int) -> None:
     base = torch.randint(-9, 9, (2, 2, vocab), generator=draw).float()  # many are equal
     suppressed = torch.rand(vocab, generator=draw) < 0.2
     found = twin.shortlist(base, suppressed)
-    assert found.shape == (2, 2, 256) and ((found >= 0) & (found < vocab)).all()
+    assert found.shape == (2, 2, chain.SLOTS) and ((found >= 0) & (found < vocab)).all()
     for row in range(2):
         for place in range(2):
             own = found[row, place].tolist()
             assert own == listed_by_hand(base[row, place], suppressed)
             best = base[row, place].masked_fill(suppressed, -torch.inf).max()
-            assert base[row, place, own].max() >= best and (vocab > 256 or len(set(own)) == vocab)
+            assert base[row, place, own].max() >= best and (vocab > chain.SLOTS or len(set(own)) == vocab)
 
 
 def test_the_walk_is_the_chain_where_its_tokens_are_listed() -> None:
-    """Over the whole vocabulary, that is; of up to 256 tokens all are listed."""
+    """Over the whole vocabulary, that is; of a small one all are listed."""
     same = 0
     for seed in range(20):
         given = Case(rows=3, places=4, vocab=200 if seed < 3 else 1500, temperature=(0.7, 0.0)).tensors(seed)

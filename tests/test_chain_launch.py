@@ -23,18 +23,19 @@ from tidar.kernels.chain import Shortlists  # noqa: E402
 
 
 def test_the_first_on_the_list_of_equals() -> None:
-    """Which is the lowest token, unless that is of a later group: 32 groups of 8 tokens have one turn each."""
-    case = Case(places=5, vocab=520)
+    """Which is the lowest token, unless that is of a later group: each takes 8 tokens in turn."""
+    turn = 8 * twin.GROUPS
+    case = Case(places=5, vocab=2 * turn + 8)
     given = case.tensors()
     given["mix"].zero_()
     given["made"].fill_(True)
     given["suppressed"] = torch.arange(case.vocab, device=DEVICE) < 3
     given["base"].fill_(-1.5)
-    given["base"][:, 1] = torch.tensor([-0.0, 0.0], device=DEVICE).repeat(260).roll(1)
+    given["base"][:, 1] = torch.tensor([-0.0, 0.0], device=DEVICE).repeat(turn + 4).roll(1)
     given["base"][:, 2, 8:20], given["base"][:, 2, 20:], given["base"][:, 2, :8] = -2.0, -torch.inf, -3.0
-    given["base"][:, 3, [16, 257]] = 1.0  # groups 2 and 0
+    given["base"][:, 3, [16, turn + 1]] = 1.0  # groups 2 and 0
     given["base"][:, 4] = -torch.inf
-    assert computed(case, given).tolist() == [[3, 3, 8, 257, 0]] * 2
+    assert computed(case, given).tolist() == [[3, 3, 8, turn + 1, 0]] * 2
     assert torch.equal(twin.chain(**given).cpu(), computed(case, given).cpu())
 
 
@@ -106,7 +107,7 @@ def test_a_stale_counter_is_caught() -> None:
     case = Case(places=4)
     given, lists = case.tensors(1), case.shortlists()
     given["made"].fill_(True)
-    lists.arrived.fill_(case.places * 4 - 1)
+    lists.arrived.fill_(case.places * (chain.SLOTS // 64) - 1)
     with pytest.raises(AssertionError):
         computed(case, given, lists)
 
@@ -186,14 +187,16 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from tidar.kernels import reference_chain as twin
+twin.GROUPS = {groups}
 from tidar.kernels import chain
-from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, lanes
-dealt = dict(VOCAB={vocab}, GROUPS=GROUPS, LANES=lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
-follow = dict(PLACES={places}, made_place=1, out_place=1, **chain.sizes({places}, 256, {size}))
+dealt = dict(VOCAB={vocab}, GROUPS=twin.GROUPS, LANES=twin.lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=twin.KEPT)
+dealt |= dict(DEALT=twin.DEALT, num_warps=chain.TOGETHER)
+follow = dict(made_place=1, out_place=1, **chain.sizes({places}, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i1", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
     noise="*fp32", following="*i32", arrived="*i32")
-for kernel, fixed in ((chain._shortlist, dealt | dict(num_warps=chain.TOGETHER)), (chain._follow, follow)):
+for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
     options = {{n: fixed.pop(n) for n in ("num_warps", "num_stages") if n in fixed}}
     fixed |= dict(SAMPLING={sampling}, PDL=1)
     names = kernel.arg_names
@@ -216,13 +219,14 @@ for kernel, fixed in ((chain._shortlist, dealt | dict(num_warps=chain.TOGETHER))
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize(
-    ("vocab", "places", "dtype"),
-    [(4096, 15, "bf16"), (4096, 3, "bf16"), (151_936, 15, "bf16"), (4096, 63, "fp16"), (4096, 15, "fp32")],
+    ("vocab", "places", "dtype", "groups"),
+    [(4096, 15, "bf16", 32), (4096, 3, "bf16", 32), (151_936, 15, "bf16", 32), (4096, 63, "fp16", 32)]
+    + [(4096, 15, "fp32", 32), (4096, 15, "bf16", 64), (4096, 15, "fp32", 64)],
 )
 def test_compiles_for_hopper_without_spilling(
-    vocab: int, places: int, dtype: str, sampling: bool, tmp_path: Path
+    vocab: int, places: int, dtype: str, groups: int, sampling: bool, tmp_path: Path
 ) -> None:
-    given = {"vocab": vocab, "places": places, "dtype": dtype, "size": 4 if dtype == "fp32" else 2}
+    given = {"vocab": vocab, "places": places, "dtype": dtype, "groups": groups, "size": 4 if dtype == "fp32" else 2}
     (tmp_path / "compile.py").write_text(COMPILE.format(**given, sampling=sampling, path=str(tmp_path)))
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from test_kernels import DEVICE, _bfloat16_in_the_interpreter, agree  # noqa: F4
 from torch import Tensor
 
 from tidar.api import Model, load
-from tidar.checkpoint import load_model
+from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy, Shape
@@ -194,6 +194,31 @@ def test_the_way_there_is_the_same(converted: Callable[[str], Path]) -> None:
     for policy in (Autoregressive(), Fixed(3, (1, 3))):
         found = generation.generate(engine.core, prompts, each, partial(FastDecoder, engine, policy), 2)
         assert [c.token_ids for c in found] == expected
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="whole steps of such tiles take minutes in the interpreter")
+def test_the_reference_checkpoint_is_the_same_in_bf16() -> None:
+    """Of its real size: parts of many query rows are joined by a launch, those of few by the last program."""
+    engine = Engine(load_model(embedded_checkpoint(), device=DEVICE, dtype="bfloat16"), deterministic=True)
+    text = engine.core.tokenizer("import os\n\n\nclass Walker:\n    def walk(self, top):\n" * 9)["input_ids"]
+    for at in (30, 100, 150):
+        alone = hidden(engine, text, at, Shape(1, (), 1))[0]
+        for back, shape in (
+            (0, Shape(16, tuple(range(1, 16)), 16)),
+            (5, Shape(16, (), 16)),
+            (3, Shape(4, (1, 2, 3), 4)),
+        ):
+            assert torch.equal(hidden(engine, text, at - back, shape)[back], alone), (at, shape)
+    each = [SamplingParams(max_new_tokens=100, ignore_eos=True, seed=n, temperature=0.8 * (n % 2)) for n in range(6)]
+    prompts = [text[:40], text[7:90], text[:130], text[3:20], text[50:150], text[9:59]]
+
+    def decode(policy: Policy, batch: int) -> list[list[int]]:
+        found = generation.generate(engine.core, prompts, each, partial(FastDecoder, engine, policy), batch)
+        return [completion.token_ids for completion in found]
+
+    expected = decode(Autoregressive(), 1)
+    for policy, batch in ((Fixed(16, tuple(range(1, 16))), 1), (Fixed(8, (1, 2, 3)), 6), (Alternating(16), 2)):
+        assert decode(policy, batch) == expected
 
 
 def test_it_takes_the_fast_path(converted: Callable[[str], Path]) -> None:

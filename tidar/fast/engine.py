@@ -158,21 +158,25 @@ class Engine:
         prefix = max(LEAST_PREFIX, 1 << int(halfway.max()).bit_length())
         # And the steps by which a plan begins without drafts.
         first = [Shape(1, (1,), plan.draft_len) for plan in plans if plan.draft_len > 1]
-        every = {shape.queries: shape for shape in [*first, *(shape for plan in plans for shape in shapes(plan))]}
+        every = list(dict.fromkeys([*first, *(shape for plan in plans for shape in shapes(plan))]))
         key = f"{slots.rows} rows, prefix {prefix}, {flags}"
         if self.network.lean.deterministic:
             key += ", deterministic"
         known = self.latency.get(key)
-        if any(queries not in known for queries in every):
+        if any(shape.queries not in known for shape in every):
             if sys.stderr.isatty():
                 print("tidar: measuring what steps take here; once, up to a minute", file=sys.stderr)
             with slots.untouched():
                 slots.lengths.copy_(halfway)
                 slots.limits.copy_(halfway)  # rows at rest: a step moves nothing
-                calls = [self.step(slots, shape, flags) for shape in every.values()]
-                known = dict(zip(every, self.latency.measure(calls), strict=True))
+                times = self.latency.measure([self.step(slots, shape, flags) for shape in every])
+                # Shapes of as many queries take about as long.
+                known = {
+                    q: max(s for s, each in zip(times, every, strict=True) if each.queries == q)
+                    for q in {shape.queries for shape in every}
+                }
             self.latency.keep(key, known)
-        return Measured(known, every.values())
+        return Measured(known, every)
 
     def prefill(self, slots: Slots, prompts: Sequence[Sequence[int]], masks: int, flags: Flags) -> tuple[Tensor, int]:
         """Compute the prompts, each alone; leave certain token and drafts in ``slots``.

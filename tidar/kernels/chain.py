@@ -40,7 +40,6 @@ LEAST = tl.constexpr(-(2**31))  # below the order of any score
 BITS = tl.constexpr(22)  # a successor's word is its slot, and below it so many bits of its token
 TOKEN = tl.constexpr(2**22 - 1)
 TOGETHER = 4  # groups of a program, a warp each
-ROWS = 64  # tokens whose successors a program finds: the rows of a Hopper matrix instruction
 SLOTS = GROUPS * KEPT
 
 
@@ -250,25 +249,26 @@ def chain(
         VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
         SAMPLING=sampling, num_warps=TOGETHER, **options(base.device),
     )  # fmt: skip
-    _follow[SLOTS // ROWS, places, rows](
+    fixed = sizes(places, width, mix.element_size())
+    _follow[SLOTS // fixed["ROWS"], places, rows](
         state, first, made, token_table, mix, *lists, shortlists.following, shortlists.arrived, out,
-        *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(), PLACES=places, SAMPLING=sampling,
-        **sizes(places, width, mix.element_size()), **options(base.device),
+        *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(), SAMPLING=sampling, **fixed,
+        **options(base.device),
     )  # fmt: skip
     return out
 
 
 def sizes(places: int, width: int, itemsize: int) -> dict[str, int]:
-    """Of `_follow`: constants and launch. Four steps of the width are in flight, or all of a common one's."""
-    padded = max(16, power_of_2(width))
+    """Constants and launch of `_follow`: as many rows as a Hopper matrix instruction takes, or registers hold."""
+    padded, long = max(16, power_of_2(width)), SLOTS > 256
     return {
+        "PLACES": places,
         "PLACES_UP": power_of_2(places),
         "W": width,
         "WIDTH": padded,
         "DEPTH": min(padded, 64 if itemsize == 2 else 16),
         "SLOTS": SLOTS,
-        "ROWS": ROWS,
-        # One warpgroup: a second would compute all gates again. Without tensor cores the sums need more registers.
-        "num_warps": 4 if itemsize == 2 else 8,
-        "num_stages": 4,
+        "ROWS": 32 if long and itemsize > 2 else 64,
+        "num_warps": 8 if long or itemsize > 2 else 4,  # a second warpgroup would compute all gates again
+        "num_stages": 3 if long else 4,
     }

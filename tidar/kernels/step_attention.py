@@ -192,6 +192,8 @@ def _launch(
     joined = joining(chosen, length * group, wide)
     if cached:
         joined["FLIGHT"] = min(FLIGHT, chosen.splits)  # not as many as this step has registers for
+    # Which products and sums the compiler makes one is its choice, and it may choose otherwise for another step.
+    contraction = {"enable_fp_fusion": False} if cached else {}
     cuts, pairs = triton.cdiv(length * group, chosen.rows), rows * heads
     fixed = {
         "HEADS": heads, "GROUP": group, "QUERIES": length, "D": width, "WIDTH": wide,
@@ -207,11 +209,12 @@ def _launch(
         Q_STEPS=q.stride(), K_STEPS=k_new.stride(), V_STEPS=v_new.stride(), PAGE_STEPS=k_pages.stride(),
         CAUSAL=causal, BLOCK=block, PAGE=page, WINDOW=window or 0, SOFTCAP=softcap is not None, KEYS=chosen.keys,
         OWN=own if turned is None else min(own, TURNED), FEW=joined["FEW"], APART=apart, **fixed,
-        num_warps=chosen.warps, num_stages=chosen.stages,
+        num_warps=chosen.warps, num_stages=chosen.stages, **contraction,
         **options(q.device, late=chosen.rows < 64),
     )  # fmt: skip
     if apart:
         join[cuts, pairs, joined["HELD"] // FEW](
-            out, workspace.part, workspace.peaks, workspace.totals, FEW=FEW, num_warps=4, **fixed, **options(q.device)
-        )
+            out, workspace.part, workspace.peaks, workspace.totals, FEW=FEW, num_warps=4, **fixed,
+            **contraction, **options(q.device),
+        )  # fmt: skip
     return out
