@@ -192,6 +192,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     fast: bool | None = None,
+    weights: str | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -201,16 +202,18 @@ def load(
         dtype: float32 on CPU and the checkpoint's own elsewhere by default.
         fast: decode with captured steps (`tidar.fast`), or never; by default where it is possible. The tokens are the
             same in float32.
+        weights: ``int8``, or on a GPU ``fp8``, to hold projections and head in one byte a number: less memory and
+            other text, which is still the same for all methods (docs/fast-step.md). By default in ``dtype``.
 
     Raises:
-        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available; no fast path though one
-            was asked for.
+        TidarError: missing, damaged or unsupported checkpoint; device, dtype or weights not available; no fast path
+            though one was asked for.
     """
     import torch
 
     path = checkpoint.embedded_checkpoint() if path_or_hub_id is None else path_or_hub_id
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype), fast=fast)
+    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype, weights=weights), fast=fast)
 
 
 def _positive(batch_size: int) -> int:
