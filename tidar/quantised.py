@@ -28,8 +28,8 @@ __all__ = ["QuantisedLinear", "quantise_model"]
 
 DIGITS = 3
 """Of a row's number in base 256, each from -128 to 127."""
-LARGEST = 0x7F7F7F
-"""The largest such number."""
+LARGEST = 0x7F7F00
+"""Nearly the largest such number: a quotient that rounds up must not turn into the most negative one."""
 MIDDLE = 0x808080
 """Added, it makes all digits' bytes positive; then their highest bits are turned, and each byte is a digit."""
 
