@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runs.plot_bench import DECODE, REFERENCE, ROOT, STEP, newest, table
+from runs.plot_bench import DECODE, REFERENCE, ROOT, STEP, held_in, newest, table
 from tidar.decode.planner import AR, Plan, tokens_per_step
 from tidar.errors import TidarError
 from tidar.layout import all_proposals
@@ -82,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("step", "decode"):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / "results" / f"bench_{name}.jsonl")
     args = parser.parse_args(argv)
-    steps = [line for line in newest(args.step, STEP) if line["batch"] == 1 and not line["sampled"]]
+    steps = [line for line in held_in(newest(args.step, STEP), None) if line["batch"] == 1 and not line["sampled"]]
     decoded = [
         line
-        for line in newest(args.decode, DECODE)
+        for line in held_in(newest(args.decode, DECODE), None)
         if line["model"] == REFERENCE and line["batch"] == 1 and line["prompt_tokens"] == 256 and line.get("accepted")
     ]
     full = [line for line in decoded if line["method"] == "tidar k=16, 16 proposals"]
