@@ -7,7 +7,7 @@ model's dtype, and a head that was tied to the embedding gets a copy of its own.
 On a CPU each number of a row is taken as three int8, 24 bits, as many as float32 has, so that a product is three of
 integers: quick with the instructions that processors have for them, and their sums are exact. Fewer bits would be
 quicker still, but then the tiny differences between a token alone and the same token in a block grow to whole steps,
-and methods no longer give the same text: with 16 bits one answer in some dozens was seen to differ.
+and methods no longer give the same text: with two int8, too, an answer was seen to differ.
 
 Legend: N rows, F features, D depth.
 """
