@@ -4,7 +4,8 @@
 
 Of every configuration the newest line counts. The left panel shows single rows, greedy, of all models; the right one
 the reference checkpoint at batch 1, the methods that were timed on as many prompts as AR. With --tables the tables of
-docs/benchmarks.md are printed as well, baselines and batches included.
+docs/benchmarks.md are printed as well, baselines and batches included. Quantised weights are not drawn, and have tables
+of their own.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from tidar.errors import TidarError
 ROOT = Path(__file__).resolve().parent.parent
 GREY, BLUE, ORANGE, GREEN = "#8c8c8c", "#1f5fa8", "#d9822b", "#3a7d44"
 REFERENCE = "python-17m"
-STEP = ("model", "dtype", "step", "draft_len", "batch", "prefix", "sampled", "deterministic")
-DECODE = ("model", "dtype", "method", "batch", "sampling", "prompt_tokens", "deterministic")
-FORMER = {"draft_len": 16, "prompt_tokens": 256, "deterministic": False}
+STEP = ("model", "dtype", "weights", "step", "draft_len", "batch", "prefix", "sampled", "deterministic")
+DECODE = ("model", "dtype", "weights", "method", "batch", "sampling", "prompt_tokens", "deterministic")
+FORMER = {"draft_len": 16, "prompt_tokens": 256, "deterministic": False, "weights": None}
 """What lines do not tell that were recorded before these could be chosen."""
 
 Line = dict[str, Any]
@@ -59,6 +60,16 @@ def newest(path: Path, keys: Sequence[str]) -> list[Line]:
     return list(found.values())
 
 
+def usual(line: Line) -> bool:
+    """Of drafts and prompts as long as ever, and decoded as fast as can be; whatever its weights."""
+    return all(line[key] == FORMER[key] for key in ("draft_len", "prompt_tokens", "deterministic") if key in line)
+
+
+def held_in(lines: Sequence[Line], weights: str | None) -> list[Line]:
+    """Those whose weights are ``int8`` or ``fp8``, or in the model's dtype."""
+    return [line for line in lines if line["weights"] == weights]
+
+
 def series(steps: Sequence[Line]) -> dict[str, list[Line]]:
     """Single greedy rows, by model and prefix, in the order of their queries; the slowest model first."""
     found: dict[str, list[Line]] = {}
@@ -76,8 +87,7 @@ def by_sampling(decoding: Sequence[Line], batch: int) -> dict[str, list[Line]]:
     """Lines of the reference checkpoint at a batch, under ``greedy`` or the sampling's name."""
     found: dict[str, list[Line]] = {}
     for line in decoding:
-        usual = all(line[key] == FORMER[key] for key in DECODE if key in FORMER)
-        if usual and line["model"] == REFERENCE and line["batch"] == batch:
+        if usual(line) and line["model"] == REFERENCE and line["batch"] == batch:
             sampling = line["sampling"]
             name = f"T = {sampling['temperature']}, top-p {sampling['top_p']}" if sampling else "greedy"
             found.setdefault(name, []).append(line)
@@ -217,9 +227,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     matplotlib.use("agg")
     matplotlib.rcParams.update({"font.family": "sans-serif"})
     steps, decoding = newest(args.step, STEP), newest(args.decode, DECODE)
-    draw(steps, decoding, args.out)
+    draw(held_in(steps, None), held_in(decoding, None), args.out)
     if args.tables:
-        print("\n".join(tables(steps, decoding)))
+        for kind in [None, *sorted({line["weights"] for line in steps + decoding} - {None})]:
+            found = tables(held_in(steps, kind), held_in(decoding, kind))
+            print("\n".join(found if kind is None else (f"{kind} weights, {each}" for each in found)))
     print(f"{args.out}, {args.out.stat().st_size / 1000:.0f} kB")
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runs.plot_bench import DECODE, FORMER, REFERENCE, ROOT, STEP, newest, table
+from runs.plot_bench import DECODE, FORMER, REFERENCE, ROOT, STEP, held_in, newest, table
 from tidar.decode.planner import AR, Plan, tokens_per_step
 from tidar.errors import TidarError
 from tidar.layout import all_proposals
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = [line for line in newest(args.step, STEP) if line["batch"] == 1 and not line["sampled"]]
     decoded = [line for line in newest(args.decode, DECODE) if line["model"] == REFERENCE and line["batch"] == 1]
     decoded = [line for line in decoded if line["prompt_tokens"] == FORMER["prompt_tokens"] and line.get("accepted")]
-    steps, decoded = ([line for line in lines if not line["deterministic"]] for lines in (steps, decoded))
+    steps, decoded = ([n for n in held_in(lines, None) if not n["deterministic"]] for lines in (steps, decoded))
     full = [line for line in decoded if line["method"] == "tidar k=16, 16 proposals"]
     if not full:
         raise TidarError(f"{args.decode} records no acceptance: run `tidar bench decode --record` first")

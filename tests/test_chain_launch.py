@@ -39,14 +39,15 @@ def test_the_first_on_the_list_of_equals() -> None:
     assert torch.equal(twin.chain(**given).cpu(), computed(case, given).cpu())
 
 
-def test_many_equals() -> None:
+@pytest.mark.parametrize("case", [Case(places=4, vocab=700), Case(rows=1, vocab=20_000)], ids=["few", "many"])
+def test_many_equals(case: Case) -> None:
     """Small integers, of which one is weighed: sums are exact in any order, and most scores occur more than once."""
-    case = Case(places=4, vocab=700)
     for seed in range(2):
-        given = case.tensors(seed)
+        given, lists = case.tensors(seed), case.shortlists()
         given["base"].round_()
         given["mix"].round_()[:, 1:] = 0
-        assert torch.equal(computed(case, given), twin.chain(**given))
+        assert torch.equal(computed(case, given, lists), twin.chain(**given))
+        assert torch.equal(lists.tokens.long(), twin.shortlist(given["base"], given["suppressed"]))
 
 
 def test_nan_neither_hangs_nor_stays() -> None:

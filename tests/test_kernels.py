@@ -129,6 +129,8 @@ def _bfloat16_in_the_interpreter() -> Iterator[None]:
         return dot(self, *(cast(self, x, float32) if x.dtype == bfloat16 else x for x in (a, b)), *rest)
 
     def rounded(self: Any, source: Any, wanted: Any) -> Any:
+        if wanted.scalar == bfloat16 and source.dtype.scalar.primitive_bitwidth == 8:
+            source = cast(self, source, float32)  # else numbers of 8 bits would become bit patterns
         if (source.dtype.scalar, wanted.scalar) != (float32, bfloat16):
             return cast(self, source, wanted)
         near = torch.from_numpy(source.data).bfloat16().view(torch.uint16)

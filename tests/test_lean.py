@@ -66,11 +66,13 @@ def test_fusing_changes_nothing_and_holds_nothing_twice(family: str, converted: 
     lean = LeanModel(model, KERNELS)
     torch.testing.assert_close(model.hidden(tokens, plan), before)
     assert all(torch.equal(weight, names[name]) for name, weight in model.hf.named_parameters())
-    fused = lean.layers[0].qkv.untyped_storage().data_ptr()
+    fused = lean.layers[0].qkv
+    assert isinstance(fused, Tensor)
+    shared = fused.untyped_storage().data_ptr()
     body: Any = model.hf.base_model
     attention = body.layers[0].self_attn
     for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-        assert part.weight.untyped_storage().data_ptr() == fused
+        assert part.weight.untyped_storage().data_ptr() == shared
 
 
 def test_what_it_does_not_do_is_refused(converted: Callable[[str], Path]) -> None:

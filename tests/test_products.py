@@ -411,7 +411,7 @@ for rows in (1, 16, 32, 64, 256):
         split = plan.splits > 1
         given = dict(squares=not add, rows=chosen, bias=name == "qkv", part=split, arrived=split)
         given |= dict.fromkeys(("norm", "scaled", "squared"), add)
-        fixed |= dict.fromkeys([n for n in given if not given[n]])
+        fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(scale=None)
         fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
         names = product.arg_names
         types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16") | dict(rows="*i64", eps="fp32")

@@ -302,6 +302,8 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoding = [timed("ar", 1.0), timed("tidar k=4", 2.0), timed("tidar k=4", 2.5), timed("auto", 3.0)]
     decoding += [timed("prompt lookup", 0.02, prompts=2), timed("ar", 1.0, **hot), timed("tidar k=4", 1.5, **hot)]
     decoding += [timed("ar", 1.0, batch=4), timed("tidar k=4", 1.25, batch=4), timed("ar", 1.0, model="other")]
+    steps.append(stepped("large", "ar", 1, 3.0, weights="int8"))
+    decoding += [timed("ar", 1.0, weights="fp8"), timed("auto", 2.25, weights="fp8")]
     words = []
     for name, lines in (("step", steps), ("decode", decoding)):
         path = tmp_path / f"{name}.jsonl"
@@ -321,8 +323,10 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| tidar k=4 | 12,500 | 2.50x | 2.25–2.75 | 2.00 | 0.250 | 7/8 |" in printed  # of one day, the last
     assert "| prompt lookup | 100 | 0.020x | 0.018–0.022 |  |  | 7/8 |" in printed
     assert "batch 1, T = 0.8, top-p 0.95" in printed
+    assert printed.count("int8 weights, large, prefix 64\n\n") == printed.count("| ar | 1 | 3.000 |") == 2
+    assert "fp8 weights, batch 1, greedy\n\n" in printed and printed.count("11,250") == 2
     assert "| tidar k=4 | 6,250, 1.25x (1.12–1.38) |" in printed
-    kept = plot_bench.newest(tmp_path / "decode.jsonl", plot_bench.DECODE)
+    kept = plot_bench.held_in(plot_bench.newest(tmp_path / "decode.jsonl", plot_bench.DECODE), None)
     shown = plot_bench.against_ar(plot_bench.by_sampling(kept, 1)["greedy"])
     assert [(line["method"], line["speedup"]) for line in shown] == [("auto", 3.0), ("tidar k=4", 2.5)]
 

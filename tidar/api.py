@@ -199,6 +199,7 @@ def load(
     dtype: str | None = None,
     fast: bool | None = None,
     deterministic: bool = False,
+    weights: str | None = None,
 ) -> Model:
     """Load a checkpoint.
 
@@ -210,16 +211,19 @@ def load(
             same in float32.
         deterministic: the tokens are the same for all methods, draft lengths and batches in bf16 and float16 too, at
             some cost in speed (docs/benchmarks.md). Takes the fast path.
+        weights: ``int8``, or on a GPU ``fp8``, to hold projections and head in one byte a number: less memory and
+            other text, which is still the same for all methods (docs/fast-step.md). By default in ``dtype``.
 
     Raises:
-        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available; no fast path though one
-            was asked for.
+        TidarError: missing, damaged or unsupported checkpoint; device, dtype or weights not available; no fast path
+            though one was asked for.
     """
     import torch
 
     path = checkpoint.embedded_checkpoint() if path_or_hub_id is None else path_or_hub_id
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(checkpoint.load_model(path, device=chosen, dtype=dtype), fast=fast, deterministic=deterministic)
+    core = checkpoint.load_model(path, device=chosen, dtype=dtype, weights=weights)
+    return Model(core, fast=fast, deterministic=deterministic)
 
 
 def _positive(batch_size: int) -> int:

@@ -26,7 +26,9 @@ from tidar import attention
 from tidar.config import Architecture
 from tidar.errors import TidarError
 from tidar.families import check_config
+from tidar.kernels.quantised import check_kind
 from tidar.model import KEY, TRANSITION, CausalLM, Spec
+from tidar.quantised import quantise_model
 
 __all__ = ["check_device", "create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
 
@@ -39,7 +41,9 @@ def embedded_checkpoint() -> Path:
     return Path(__file__).parent / "assets" / "python-17m"
 
 
-def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str | None = None) -> CausalLM:
+def load_model(
+    path: str | os.PathLike[str], *, device: str = "cpu", dtype: str | None = None, weights: str | None = None
+) -> CausalLM:
     """Load a local folder or a hub id.
 
     Args:
@@ -47,9 +51,10 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
         device: ``cpu``, ``cuda``, ``cuda:1`` …
         dtype: ``float32``, ``bfloat16``, ``float64``, ``float16``, or ``auto`` for the checkpoint's own. By default
             float32 on CPU (bf16 rounding makes ties, and ties break exactness) and ``auto`` elsewhere.
+        weights: ``int8`` or ``fp8`` to hold projections and head so (`tidar.quantised`); in ``dtype`` by default.
 
     Raises:
-        TidarError: missing, damaged or unsupported checkpoint; device or dtype not available.
+        TidarError: missing, damaged or unsupported checkpoint; device, dtype or weights not available.
     """
     name = os.fspath(path)
     local = Path(name).exists()
@@ -57,6 +62,7 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
         raise TidarError(f"no checkpoint at {name}: give a folder with config.json and *.safetensors, or a hub id")
     target = check_device(device)
     wanted = _dtype(dtype, target)
+    kind = None if weights is None else check_kind(weights, target)
     config = _guarded(name, local, lambda: AutoConfig.from_pretrained(name))
     check_config(config)
     if wanted == torch.float64:
@@ -73,11 +79,15 @@ def load_model(path: str | os.PathLike[str], *, device: str = "cpu", dtype: str 
     absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if absent:
         raise TidarError(f"checkpoint {name} is damaged: {len(absent)} weights missing or misshapen, first {absent[0]}")
+    parameters = hf.num_parameters()
+    if kind is not None:
+        quantise_model(hf, kind)  # before it moves, so that the device need not hold it whole
     try:
         hf = hf.to(target).eval()
     except torch.OutOfMemoryError:
-        raise TidarError(_what_fits(name, hf.num_parameters(), hf.dtype.itemsize, target)) from None
+        raise TidarError(_what_fits(name, parameters, 1 if kind else hf.dtype.itemsize, target)) from None
     model = CausalLM(hf, tokenizer, name)
+    model.weights = kind
     if model.spec is not None and model.spec.transition:
         _guarded(name, local, lambda: _load_transition(model, name))
     model.probe()
@@ -162,8 +172,10 @@ def save_model(
         weights: what to save, named as in ``model.state_dict()``; the model's own by default.
 
     Raises:
-        TidarError: the folder is taken, or the disk is full.
+        TidarError: the folder is taken, the disk is full, or the weights are quantised.
     """
+    if model.weights is not None:
+        raise TidarError(f"{model.weights} weights are for decoding: load the checkpoint without them to save it")
 
     def fill(folder: Path) -> None:
         kept = None if model.spec is None else asdict(model.spec)

@@ -48,6 +48,8 @@ class Checkpoint:
     """By default cuda where there is one, else cpu."""
     dtype: Annotated[str | None, arg(metavar="float32|bfloat16|float16|float64")] = None
     """By default float32 on cpu and the checkpoint's own elsewhere."""
+    weights: Annotated[str | None, arg(metavar="int8|fp8")] = None
+    """Hold projections and head in one byte a number, fp8 on a GPU only: less memory, other text."""
     plain: bool = False
     """On a GPU, decode without captured steps: slower, the same text."""
     deterministic: bool = False
@@ -58,7 +60,8 @@ class Checkpoint:
 
         _quiet()
         fast = False if self.plain else None
-        return load(self.model, device=self.device, dtype=self.dtype, fast=fast, deterministic=self.deterministic)
+        kind: dict[str, Any] = {"fast": fast, "deterministic": self.deterministic, "weights": self.weights}
+        return load(self.model, device=self.device, dtype=self.dtype, **kind)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,9 @@ from tidar import layout, mask
 from tidar.cache import SlotCache
 from tidar.errors import TidarError
 from tidar.families import logits_transform, position_limit
+from tidar.kernels.quantised import Kind
 from tidar.layout import Layout
+from tidar.quantised import QuantisedLinear
 from tidar.transition import Transition
 
 __all__ = ["KEY", "TRANSITION", "CausalLM", "Spec"]
@@ -56,6 +58,7 @@ class CausalLM:
         max_positions: longest text in tokens.
         hard_limit: no position of a forward, masks' included, may pass ``max_positions``.
         windows: the sliding windows of its layers (None: full attention).
+        weights: what its projections are held in, if not in its dtype (`tidar.quantised`).
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -75,6 +78,7 @@ class CausalLM:
         self.suppressed = tuple(sorted(spare))
         self.windows: tuple[int | None, ...] = (None,)
         self.transition: Transition | None = None
+        self.weights: Kind | None = None
         self._transform = logits_transform(hf.config)
         self._backbone: Callable[..., Any] = hf.base_model
         self._cached: Callable[..., Any] = hf.base_model
@@ -147,6 +151,8 @@ class CausalLM:
         A bf16 output would round different logits to ties.
         """
         projection = self.hf.get_output_embeddings()
+        if isinstance(projection, QuantisedLinear):
+            return self._transform(projection.wide(hidden))
         weight, bias = projection.weight, projection.bias
         wide = torch.promote_types(torch.float32, weight.dtype)
         if weight.dtype == wide:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from tyro.conf import arg, subcommand
 
+from tidar.errors import TidarError
+
 __all__ = ["Bench", "BenchDecode", "BenchStep"]
 
 
@@ -22,6 +24,8 @@ class BenchStep:
     """Of `size`, this many layers only."""
     dtype: Annotated[str, arg(metavar="bfloat16|float16|float32")] = "bfloat16"
     """Of the weights."""
+    weights: Annotated[str | None, arg(metavar="int8|fp8")] = None
+    """Hold projections and head in one byte a number, whatever `dtype`."""
     draft_len: tuple[int, ...] = (16,)
     """Drafts a step."""
     prefix: tuple[int, ...] = (1024,)
@@ -40,7 +44,7 @@ class BenchStep:
     def run(self) -> None:
         from tidar.bench import parts, report, step
 
-        core = step.model_of(self.model, self.size, self.layers, self.dtype)
+        core = step.model_of(self.model, self.size, self.layers, self.dtype, self.weights)
         if self.parts:
             report.parts(parts.run(core, prefixes=self.prefix), self.record)
             return
@@ -71,6 +75,8 @@ class BenchDecode:
     """Of each answer."""
     dtype: Annotated[str, arg(metavar="bfloat16|float16|float32")] = "bfloat16"
     """Of the weights."""
+    weights: Annotated[str | None, arg(metavar="int8|fp8")] = None
+    """Hold projections and head in one byte a number, whatever `dtype`."""
     draft_len: Annotated[int | None, arg(metavar="K")] = None
     """Longest draft; by default the longest the model was trained for."""
     batch: tuple[int, ...] = (1,)
@@ -91,7 +97,9 @@ class BenchDecode:
         from tidar.demo import PROMPTS
         from tidar.prompts import read_prompts
 
-        core = step.model_of(self.model, None, None, self.dtype)
+        if self.baselines and self.weights is not None:
+            raise TidarError("baselines have the checkpoint's own weights: leave out --weights, or --baselines")
+        core = step.model_of(self.model, None, None, self.dtype, self.weights)
         texts = list(PROMPTS) if self.prompts is None else list(read_prompts(self.prompts))
         ids = [core.tokenizer(text)["input_ids"][: self.prompt_tokens] for text in texts[: self.count]]
         length = self.draft_len or max(core.spec.block_sizes if core.spec else (), default=8)

@@ -172,6 +172,7 @@ def _line(
     return {
         "model": Path(core.path).name,
         "dtype": str(core.dtype).removeprefix("torch."),
+        "weights": core.weights,
         "method": name,
         "batch": batch,
         "sampling": sampling or {},

@@ -63,15 +63,16 @@ def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) ->
     The head computes the rows that are read: K drafts, and the M - 1 masks of the chosen proposal.
     """
     layers, width, number = lean.layers, lean.embedding.shape[1], lean.embedding.element_size()
-    weights = sum(w.numel() for layer in layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down))
-    head = lean.head.numel()
+    products = [w for layer in layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    weights, head = sum(w.numel() for w in products), lean.head.numel()
+    held = sum(w.nbytes for w in [*products, lean.head])  # quantised ones with their scales
     queries = rows * shape.queries
     read = rows * (shape.drafts + (shape.masks - 1 if shape.proposals else 0))
     token = 2 * len(layers) * lean.kv_heads * lean.head_dim * number
     k, p, m = shape.drafts, len(shape.proposals), shape.masks
     own = k * (k + 1) / 2 + sum(m * (level + m) for level in shape.proposals)
     attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * (k + p * m) + own)
-    moved = number * (weights + head + queries * width) + token * rows * (prefix + k)
+    moved = held + number * queries * width + token * rows * (prefix + k)
     flops = 2.0 * weights * queries + 2.0 * head * read + attention
     by_memory, by_compute = moved / rate.bandwidth, flops / rate.matmul
     bound = "memory" if by_memory >= by_compute else "compute"

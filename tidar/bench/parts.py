@@ -48,6 +48,7 @@ def run(core: CausalLM, *, prefixes: Sequence[int], queries: Sequence[int] = QUE
                 {
                     "model": Path(core.path).name,
                     "dtype": str(core.dtype).removeprefix("torch."),
+                    "weights": core.weights,
                     "layers": len(engine.network.lean.layers),
                     "prefix": prefix,
                     "queries": count,

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tidar import attention
 from tidar.errors import TidarError
+from tidar.kernels.quantised import check_kind
 from tidar.model import CausalLM, Spec
+from tidar.quantised import quantise_model
 
 __all__ = ["SHAPES", "random_model"]
 
@@ -61,7 +63,14 @@ class _Ids:
         return self._size
 
 
-def random_model(name: str, *, layers: int | None = None, device: str = "cuda", dtype: str = "bfloat16") -> CausalLM:
+def random_model(
+    name: str,
+    *,
+    layers: int | None = None,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    weights: str | None = None,
+) -> CausalLM:
     """A converted model of a size in `SHAPES`, with random weights; the last token is its mask.
 
     Args:
@@ -69,15 +78,17 @@ def random_model(name: str, *, layers: int | None = None, device: str = "cuda", 
         layers: as many only; all by default.
         device: where.
         dtype: of the weights.
+        weights: ``int8`` or ``fp8`` to hold projections and head so.
 
     Raises:
-        TidarError: a size that is not known, or too large for the device.
+        TidarError: a size or weights that are not known, or too large for the device.
     """
     if name not in SHAPES:
         raise TidarError(f"size '{name}' is unknown: use one of {', '.join(SHAPES)}")
     sizes = dict(SHAPES[name])
     if layers is not None:
         sizes["num_hidden_layers"] = layers
+    kind = None if weights is None else check_kind(weights, torch.device(device))
     config = AutoConfig.for_model(**sizes, max_position_embeddings=8192)
     config._attn_implementation = attention.NAME
     try:
@@ -87,7 +98,10 @@ def random_model(name: str, *, layers: int | None = None, device: str = "cuda", 
         free = torch.cuda.mem_get_info()[0]
         raise TidarError(f"{name} does not fit into the {free / 2**30:.0f} GiB that are free: give --layers") from None
     hf.requires_grad_(False)
+    if kind is not None:
+        quantise_model(hf, kind)
     core = CausalLM(hf, _Ids(config.vocab_size), name)  # type: ignore[arg-type]
+    core.weights = kind
     core.spec = Spec(mask_token_id=config.vocab_size - 1, block_sizes=(4, 8, 16))
     core.suppressed = (config.vocab_size - 1,)
     core.windows = tuple({getattr(layer.self_attn, "sliding_window", None) for layer in hf.base_model.layers})

@@ -59,11 +59,14 @@ def at_rest(engine: Engine, rows: int, prefix: int) -> Slots:
     return slots
 
 
-def model_of(name: str | None, size: str | None, layers: int | None, dtype: str = "bfloat16") -> CausalLM:
+def model_of(
+    name: str | None, size: str | None, layers: int | None, dtype: str = "bfloat16", weights: str | None = None
+) -> CausalLM:
     """A checkpoint, or random weights of a size in `tidar.bench.shapes`; for a GPU."""
     if size is not None:
-        return random_model(size, layers=layers, dtype=dtype)
-    return load_model(embedded_checkpoint() if name is None else name, device="cuda", dtype=dtype)
+        return random_model(size, layers=layers, dtype=dtype, weights=weights)
+    path = embedded_checkpoint() if name is None else name
+    return load_model(path, device="cuda", dtype=dtype, weights=weights)
 
 
 @torch.inference_mode()
@@ -101,6 +104,7 @@ def run(
                     {
                         "model": Path(core.path).name,
                         "dtype": str(core.dtype).removeprefix("torch."),
+                        "weights": core.weights,
                         "step": name,
                         "draft_len": draft_len,
                         "queries": shape.queries,

@@ -39,7 +39,7 @@ class Latency:
         config = core.hf.config.to_dict()
         sizes = {k: v for k, v in sorted(config.items()) if isinstance(v, int | bool)}
         gpu = torch.cuda.get_device_name(core.device) if core.device.type == "cuda" else platform.processor()
-        identity = [gpu, config["model_type"], sizes, str(core.dtype), versions()]
+        identity = [gpu, config["model_type"], sizes, str(core.dtype), core.weights, versions()]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.path = folder() / f"latency-{name}.json"
         self._identity = identity

@@ -2,7 +2,8 @@
 
 Query, key and value projections are one product, gate and up another, and norms, activations and residuals belong to
 the products beside them (`tidar.kernels.products`). The fused weights take the place of the model's own, which become
-views of them: nothing is held twice, and the general path gives the same result as before.
+views of them: nothing is held twice, and the general path gives the same result as before. Quantised ones
+(`tidar.quantised`) stay so.
 
 Legend: N query rows, D width of the hidden state, A heads (queries, keys, values), H head width, F of the MLP, V
 vocabulary, W width of the transition.
@@ -15,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
+from tidar.kernels.quantised import Quantised, Weight, joined
 from tidar.kernels.reference_products import Ready
 from tidar.model import CausalLM
+from tidar.quantised import QuantisedLinear
 
 __all__ = ["FAMILIES", "Attend", "Hidden", "Layer", "LeanModel", "refusal"]
 
@@ -34,16 +37,16 @@ class Layer:
     """Weights of one layer; None for what a family does not have."""
 
     norm: Tensor
-    qkv: Tensor  # (A·H, D)
+    qkv: Weight  # (A·H, D)
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor  # (D, Hq·H)
+    out: Weight  # (D, Hq·H)
     out_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor  # (2·F, D)
+    gate_up: Weight  # (2·F, D)
     gate_up_bias: Tensor | None
-    down: Tensor  # (D, F)
+    down: Weight  # (D, F)
     down_bias: Tensor | None
     window: int | None
 
@@ -60,6 +63,7 @@ class Hidden(NamedTuple):
     ready: Ready | None = None
 
 
+Linear = Any  # nn.Linear or QuantisedLinear
 Attend = Callable[[int, Layer, Tensor], Tensor]
 """Number of a layer, the layer, and its heads as projected (N, A, H), to what they attend to (N, Hq·H)."""
 
@@ -119,7 +123,7 @@ class LeanModel:
         self.layers = [_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)]
         self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.norm: Tensor = body.norm.weight.detach()
-        self.head: Tensor = hf.get_output_embeddings().weight.detach()
+        self.head = _weight(hf.get_output_embeddings())
         self._ones = torch.ones_like(self.norm)
 
     @torch.no_grad()
@@ -139,7 +143,8 @@ class LeanModel:
             return None
         wide = torch.promote_types(self.embedding.dtype, torch.float32)
         table = rms_norm(self.embedding.to(wide), self.embedding.shape[1:])
-        mix = linear(self.head.to(wide), made.out.weight.to(wide).T)
+        head = self.head.dequantised(wide) if isinstance(self.head, Quantised) else self.head.to(wide)
+        mix = linear(head, made.out.weight.to(wide).T)
         brought = linear(table, made.token.weight.to(wide))
         return made.state.weight.detach(), brought.to(self.embedding.dtype), mix.to(self.embedding.dtype)
 
@@ -164,7 +169,7 @@ class LeanModel:
             The same for the half behind.
         """
         layer = self.layers[number]
-        tiles = self._cut(layer.qkv, len(x))
+        tiles = self._cut(layer.qkv, x, len(x))
         heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles, ready=ready)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
         return self._add(x, mixed, layer.out, layer.out_bias, layer.mlp_norm)
@@ -172,16 +177,16 @@ class LeanModel:
     def mlp(self, x: Tensor, ready: Ready | None, number: int) -> Ready | None:
         """The second half of layer ``number``; arguments and result as `attention`'s."""
         layer = self.layers[number]
-        tiles = self._cut(layer.gate_up, len(x))
+        tiles = self._cut(layer.gate_up, x, len(x))
         gated = self._ops.norm_gated(
             x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles, ready=ready
         )
         norm = self.layers[number + 1].norm if number + 1 < len(self.layers) else self.norm
         return self._add(x, gated, layer.down, layer.down_bias, norm)
 
-    def _add(self, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor) -> Ready | None:
+    def _add(self, x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor) -> Ready | None:
         """``x += a · weightᵀ + bias``; what is left for the norm of the sum."""
-        tiles = self._cut(weight, len(x))
+        tiles = self._cut(weight, x, len(x))
         if tiles is None:
             left: Ready | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
         else:
@@ -201,21 +206,21 @@ class LeanModel:
         return base, self._wide(x, self._ones, gate, float(torch.finfo(x.dtype).eps), None, Ready(x, squares))
 
     def _wide(
-        self, x: Tensor, norm: Tensor | None, weight: Tensor, eps: float, rows: Tensor | None, ready: Ready | None
+        self, x: Tensor, norm: Tensor | None, weight: Weight, eps: float, rows: Tensor | None, ready: Ready | None
     ) -> Tensor:
         """A product (R, F) of ``x[rows]``, normed, in float32 at least."""
         count = len(x if rows is None else rows)
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        tiles = self._cut(weight, count)
+        tiles = self._cut(weight, x, count)
         made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles, ready=ready)
         return made
 
-    def _cut(self, weight: Tensor, count: int) -> ProductTiles | None:
-        """How a product of ``count`` rows with ``weight`` is cut up; None is cuBLAS."""
-        features, depth = weight.shape
+    def _cut(self, weight: Weight, x: Tensor, count: int) -> ProductTiles | None:
+        """How a product of ``count`` rows of ``x`` with ``weight`` is cut up; None is cuBLAS."""
+        (features, depth), size, narrow = weight.shape, x.element_size(), isinstance(weight, Quantised)
         if self.deterministic:
-            return fixed_tiles(features, depth, weight.element_size())
-        return default_tiles(count, features, depth, weight.element_size())
+            return fixed_tiles(features, depth, size, narrow=narrow)
+        return default_tiles(count, features, depth, size, narrow=narrow)
 
 
 def _layer(layer: Any, window: int | None) -> Layer:
@@ -228,25 +233,36 @@ def _layer(layer: Any, window: int | None) -> Layer:
         qkv_bias=qkv_bias,
         q_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
         k_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-        out=attention.o_proj.weight.detach(),
+        out=_weight(attention.o_proj),
         out_bias=_bias(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=gate_up,
         gate_up_bias=gate_up_bias,
-        down=mlp.down_proj.weight.detach(),
+        down=_weight(mlp.down_proj),
         down_bias=_bias(mlp.down_proj),
         window=window,
     )
 
 
-def _bias(part: nn.Linear) -> Tensor | None:
+def _weight(part: Linear) -> Weight:
+    return part.weight if isinstance(part, QuantisedLinear) else part.weight.detach()
+
+
+def _replace(part: Linear, weight: Weight) -> None:
+    if isinstance(weight, Quantised):
+        part.weight = weight
+    else:
+        part.weight.data = weight
+
+
+def _bias(part: Linear) -> Tensor | None:
     return None if part.bias is None else part.bias.detach()
 
 
 @torch.no_grad()
-def _fused(parts: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _fused(parts: list[Linear]) -> tuple[Weight, Tensor | None]:
     """Weight and bias of several projections of the same input as one; the parts become views of it."""
-    weight = torch.cat([part.weight.detach() for part in parts])
+    weight = joined([_weight(part) for part in parts])
     biases = [part.bias.detach() for part in parts if part.bias is not None]
     bias = torch.cat(biases) if len(biases) == len(parts) else None
     if bias is None and biases:
@@ -254,7 +270,7 @@ def _fused(parts: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     first = 0
     for part in parts:
         end = first + part.out_features
-        part.weight.data = weight[first:end]
+        _replace(part, weight[first:end])
         if bias is not None:
             part.bias.data = bias[first:end]
         first = end

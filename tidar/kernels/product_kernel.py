@@ -6,6 +6,9 @@ weight, with each tile's sums of squares; the one behind it multiplies those and
 Three ways to the sums, by the rows of a tile (`tidar.kernels.product_tiles`): a single one is multiplied and summed
 without tensor cores; up to 32 are too few for Hopper's own matrix instructions, so the warps share the depth; from 64
 on those instructions read both tiles from shared memory.
+
+A weight of one byte a number (`tidar.kernels.quantised`) is widened in registers and the sums are scaled. From 64 rows
+on its product is turned round, w · xᵀ: only the left side of Hopper's instructions may come from registers.
 """
 
 from __future__ import annotations
@@ -20,27 +23,31 @@ __all__ = ["product"]
 
 
 @triton.jit
-def _accumulate(acc, x, w, SLICES: tl.constexpr):
+def _accumulate(acc, x, w, SLICES: tl.constexpr, TURNED: tl.constexpr):
     """Take x (rows, depth) and w (columns, depth) into the sums."""
     ROWS: tl.constexpr = x.shape[0]
     PIECE: tl.constexpr = x.shape[1] // SLICES
     if ROWS == 1:
         acc += w.to(tl.float32) * x.to(tl.float32)  # (columns, depth), summed at the end
+    elif TURNED:
+        acc = tl.dot(w.to(x.dtype), tl.trans(x), acc, input_precision="ieee")  # (columns, rows)
     elif SLICES == 1:
         # Triton's default for float32 is tf32: too coarse to decode exactly.
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc, input_precision="ieee")
     else:
         # Warps share the depth: each multiplies a slice of its own, so none reads the weight of another.
         x = tl.permute(tl.reshape(x, (ROWS, SLICES, PIECE)), (1, 0, 2))
-        w = tl.permute(tl.reshape(w, (w.shape[0], SLICES, PIECE)), (1, 2, 0))
+        w = tl.permute(tl.reshape(w.to(x.dtype), (w.shape[0], SLICES, PIECE)), (1, 2, 0))
         acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def _sums(ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr):
+def _sums(ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr):
     if ROWS == 1:
         return tl.zeros((COLS, DEPTH), tl.float32)
+    elif TURNED:
+        return tl.zeros((COLS, ROWS), tl.float32)
     elif SLICES == 1:
         return tl.zeros((ROWS, COLS), tl.float32)
     else:
@@ -48,10 +55,12 @@ def _sums(ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: t
 
 
 @triton.jit
-def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
+def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr):
     """(rows, columns) from what `_accumulate` keeps."""
     if ROWS == 1:
         return tl.sum(acc, 1)[None, :]
+    elif TURNED:
+        return tl.trans(acc)
     elif SLICES == 1:
         return acc
     else:
@@ -60,7 +69,8 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def product(
-    x, rows, squares, weight, bias, out, norm, scaled, squared, part, arrived, count, eps, x_row, squares_row, out_row,
+    x, rows, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
+    x_row, squares_row, out_row,
     D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
@@ -69,10 +79,11 @@ def product(
 
     With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D). ``squares`` are
     CHUNKS sums for each row of x, HELD the power of 2 that holds them; ``scaled`` and ``squared`` are left for the
-    product behind.
+    product behind. ``scale`` is a quantised weight's.
     """
     HALVES: tl.constexpr = 2 if GATES else 1
     TAKEN: tl.constexpr = COLS // HALVES
+    TURNED: tl.constexpr = scale is not None and ROWS >= 64
     first, top = tl.program_id(1) * TAKEN, tl.program_id(0) * ROWS
     col, k = tl.arange(0, COLS), tl.arange(0, DEPTH)[None, :]
     # A gate and its up are neighbours, to meet in a thread. Behind the last it is read again: no mask in the loop.
@@ -102,7 +113,7 @@ def product(
         SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
         start = tl.program_id(2) * SHARE
         end = tl.minimum(start + SHARE, D)
-    acc = _sums(ROWS, COLS, DEPTH, SLICES)
+    acc = _sums(ROWS, COLS, DEPTH, SLICES, TURNED)
 
     for d in tl.range(start, end, DEPTH, num_stages=STAGES):
         if TMA:
@@ -111,10 +122,10 @@ def product(
         else:
             taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
             w = tl.load(w_at + d)
-        acc = _accumulate(acc, taken, w, SLICES)
+        acc = _accumulate(acc, taken, w, SLICES, TURNED)
 
     release(PDL)
-    acc = _total(acc, ROWS, SLICES)
+    acc = _total(acc, ROWS, SLICES, TURNED)
     if SPLITS > 1:
         # The last to come adds the shares up, in their order: the sum does not depend on who that is.
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -125,6 +136,8 @@ def product(
         acc = tl.load(shares, cache_modifier=".cg")
         for split in range(1, SPLITS):
             acc += tl.load(shares + split * (ROWS * COLS), cache_modifier=".cg")
+    if scale is not None:
+        acc *= tl.load(scale + w_row)[None, :]
     if squares is not None:
         acc *= inverse[:, None]
     if bias is not None:

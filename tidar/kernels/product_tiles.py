@@ -23,6 +23,8 @@ EARLY = 32 * 2**10
 """Bytes of its weight that a program asks for before the kernel ahead has finished."""
 SHARED = 220 * 2**10
 """Shared memory of a program for its tiles."""
+UNTIL = 512
+"""Rows up to which a product with a quantised weight is not cuBLAS's."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class ProductTiles:
         }
 
 
-def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> ProductTiles | None:
+def default_tiles(
+    n_rows: int, features: int, depth: int, itemsize: int, *, narrow: bool = False
+) -> ProductTiles | None:
     """Tiles without measuring, or None for cuBLAS: a product of (n_rows, depth) and a weight (features, depth).
 
     The rules behind what was measured fastest on an H200, for models of 17 million to 8 billion parameters:
@@ -94,25 +98,32 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
     arithmetic and left to cuBLAS, which may share out the depth; except for those of a small model, where each launch
     counts.
 
+    Quantised weights follow the same rules, not measured yet, with half the bytes. cuBLAS would have to be given the
+    weight in x's dtype, which pays when its rows are many.
+
     Args:
         n_rows: rows of x.
         features: rows of the weight, gates included.
         depth: D, columns of the weight.
-        itemsize: bytes of a number.
+        itemsize: bytes of a number of x.
+        narrow: the weight is quantised, a byte a number; else it has x's dtype.
     """
+    held = 1 if narrow else itemsize
     if itemsize > 2:
-        return _cut((16, 32, 32, 4), depth, itemsize) if n_rows <= 64 else None
+        return _cut((16, 32, 32, 4), depth, itemsize, held) if n_rows <= 64 else None
     if n_rows == 1:
         cols = 16 if features >= 16 * PROCESSORS else 8
-        return _cut((1, cols, 512 if depth <= 2048 else 256, 4), depth, itemsize)
+        return _cut((1, cols, 512 if depth <= 2048 else 256, 4), depth, itemsize, held)
     if n_rows <= 32:
         rows, needed = 16 if n_rows <= 16 else 32, features / PROCESSORS
-        if needed * depth * itemsize <= FLIGHT:
+        if needed * depth * held <= FLIGHT:
             needed = 16  # all of the weight is under way at once: the more programs, the sooner
         if needed <= 32:
-            return _cut((rows, 16 if needed <= 16 else 32, 256, 4), depth, itemsize)
+            return _cut((rows, 16 if needed <= 16 else 32, 256, 4), depth, itemsize, held)
         wide = rows == 16 and (needed <= 64 or needed > 512)  # with 32 rows the sums of 64 columns fill the registers
-        return _cut((rows, 64 if wide else 32, 128, 2), depth, itemsize)
+        return _cut((rows, 64 if wide else 32, 128, 2), depth, itemsize, held)
+    if narrow:
+        return _widened(n_rows, features, depth, itemsize) if n_rows <= UNTIL else None
     if features * depth <= 1 << 20 and n_rows <= 320:  # of a small model
         if features >= 512 and depth >= 256:
             return replace(_cut((64, 64, 128, 4), depth, itemsize), stages=4, tma=True)
@@ -123,31 +134,44 @@ def default_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Prod
     return None
 
 
-def fixed_tiles(features: int, depth: int, itemsize: int) -> ProductTiles:
+def fixed_tiles(features: int, depth: int, itemsize: int, *, narrow: bool = False) -> ProductTiles:
     """Tiles for any number of rows, so that a row's product is the same bits alone and among others.
 
     Arguments as `default_tiles`'. Of 64 rows in 16 bits: a single row wastes the matrix units, which wait for the
     weight anyway, and many rows read it again for every 64 of them.
     """
+    held = 1 if narrow else itemsize
     if itemsize > 2:
-        return _cut((16, 32, 32, 4), depth, itemsize)
-    return _cut((64, 64, 64, 4) if features >= 64 * PROCESSORS else (64, 32, 128, 4), depth, itemsize)
+        return _cut((16, 32, 32, 4), depth, itemsize, held)
+    return _cut((64, 64, 64, 4) if features >= 64 * PROCESSORS else (64, 32, 128, 4), depth, itemsize, held)
 
 
-def candidates(n_rows: int, features: int, depth: int, itemsize: int) -> Iterator[ProductTiles | None]:
+def _widened(n_rows: int, features: int, depth: int, itemsize: int) -> ProductTiles:
+    """Of a quantised weight and many rows: a weight is widened anew for each tile of rows, so tiles have many, and what
+    multiprocessors are left over share the depth."""
+    wide = n_rows > 64 and features >= 128 * PROCESSORS // 2
+    tiles = _cut((128, 128, 64, 8) if wide else (64, 64, 128, 4), depth, itemsize, 1)
+    fitting = PROCESSORS // (-(-n_rows // tiles.rows) * -(-features // tiles.cols))
+    return replace(tiles, splits=max(1, min(8, fitting, depth // (4 * tiles.depth))))
+
+
+def candidates(
+    n_rows: int, features: int, depth: int, itemsize: int, *, narrow: bool = False
+) -> Iterator[ProductTiles | None]:
     """Tiles worth trying, the default and cuBLAS first. Arguments as `default_tiles`'."""
-    default = default_tiles(n_rows, features, depth, itemsize)
+    held = 1 if narrow else itemsize
+    default = default_tiles(n_rows, features, depth, itemsize, narrow=narrow)
     seen = {default: None, None: None}
     if default and default.ahead:
         seen |= {replace(default, ahead=ahead): None for ahead in (0, max(64, default.ahead // 2))}
     for shape in SHAPES_32 if itemsize > 2 else SHAPES_16:
         least, most = FITTING[shape[0]]
         if least <= n_rows <= most and shape[1] <= features:
-            seen |= {_cut(shape, depth, itemsize, flight): None for flight in (FLIGHT, 2 * FLIGHT)}
+            seen |= {_cut(shape, depth, itemsize, held, flight): None for flight in (FLIGHT, 2 * FLIGHT)}
     for shape in SHAPES_TMA if itemsize == 2 and n_rows > 64 else ():
         # Fewer stages, so that two programs find place on a multiprocessor.
         for flight, programs in ((FLIGHT, PROCESSORS), (FLIGHT // 3, 2 * PROCESSORS)):
-            tiles = replace(_cut(shape, depth, itemsize, flight), tma=True)
+            tiles = replace(_cut(shape, depth, itemsize, held, flight), tma=not narrow)
             splits = min(8, programs // (-(-n_rows // tiles.rows) * -(-features // tiles.cols)))
             seen[tiles] = None
             if splits > 1 and depth >= 4 * splits * tiles.depth:
@@ -167,15 +191,19 @@ SHAPES_TMA = ((64, 64, 128, 4), (64, 128, 64, 4), (64, 256, 64, 4), (128, 128, 6
 SHAPES_32 = ((1, 8, 256, 4), (1, 16, 128, 4), (16, 16, 32, 4), (16, 32, 32, 4), (16, 32, 64, 4))
 
 
-def _cut(shape: tuple[int, int, int, int], depth: int, itemsize: int, flight: int = FLIGHT) -> ProductTiles:
-    """Tiles of rows, columns, depth and warps, with stages for ``flight`` bytes of the weight."""
+def _cut(
+    shape: tuple[int, int, int, int], depth: int, itemsize: int, held: int | None = None, flight: int = FLIGHT
+) -> ProductTiles:
+    """Tiles of rows, columns, depth and warps, with stages for ``flight`` bytes of the weight, ``held`` a number."""
+    held = held or itemsize
     rows, cols, taken, warps = shape
     taken = min(taken, depth & -depth)  # the greatest power of 2 that divides the depth
     if rows < 64 and itemsize == 2:
         warps = min(warps, max(1, taken // 64))  # fewer numbers a thread are not loaded ahead
-    stages = min(2 - -flight // (cols * taken * itemsize), depth // taken + 1)
-    fitting = SHARED // ((rows + cols) * taken * itemsize) + (rows < 64)  # wgmma reads a tile while others arrive
-    ahead = max(64, power_of_2(min(EARLY // (cols * itemsize), depth))) if rows < 64 else 0
+    stages = min(2 - -flight // (cols * taken * held), depth // taken + 1)
+    fitting = SHARED // ((rows * itemsize + cols * held) * taken)
+    fitting += rows < 64  # wgmma reads a tile while others arrive
+    ahead = max(64, 128 // held, power_of_2(min(EARLY // (cols * held), depth))) if rows < 64 else 0
     return ProductTiles(rows, cols, taken, warps, max(2, min(stages, fitting, 8)), ahead=ahead)
 
 

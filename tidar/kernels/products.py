@@ -14,6 +14,8 @@ Without tiles a product is cuBLAS's, with launches of `tidar.kernels.rowwise` ar
 `tidar.kernels.residual`; what lies between comes from torch's allocator, as in any captured graph, and cuBLAS may sum
 differently for other numbers of rows.
 
+Weights may be quantised (`tidar.kernels.quantised`); for cuBLAS they are made x's dtype for the while.
+
 Legend: N rows, D depth of a product, F features.
 """
 
@@ -31,19 +33,20 @@ from tidar.errors import TidarError
 from tidar.kernels.pdl import options
 from tidar.kernels.product_kernel import product
 from tidar.kernels.product_tiles import ProductTiles
+from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready, check_product
 from tidar.kernels.rowwise import gated, result
 from tidar.kernels.rowwise import norm as rms_norm
 from tidar.kernels.workspace import power_of_2
 
-__all__ = ["linear_add", "norm_gated", "norm_linear"]
+__all__ = ["cublas", "linear_add", "norm_gated", "norm_linear"]
 
 
 @torch.no_grad()
 def norm_linear(
     x: Tensor,
     norm: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     eps: float = 0.0,
@@ -57,7 +60,7 @@ def norm_linear(
     Args:
         x: (M, D) float32, float16 or bfloat16, rows contiguous; D a multiple of 16.
         norm: (D,), weights of an RMS norm, all ones for one without; None for x as it is.
-        weight: (F, D) contiguous.
+        weight: (F, D) contiguous, or quantised.
         bias: (F,).
         eps: of the norm, above 0; not read without one.
         rows: (N,) int32 or int64, the rows of x to take, in any order; all by default. Others are not read.
@@ -76,7 +79,7 @@ def norm_linear(
     out = result(x, rows, weight.shape[0]) if out is None else out
     x, squares, rows = _prepared(x, norm, eps, rows, ready, tiles)
     if tiles is None:
-        return _cublas(x, weight, bias, out)
+        return cublas(x, weight, bias, out)
     _launch(x, squares, weight, bias, out, eps, rows, tiles)
     return out
 
@@ -85,7 +88,7 @@ def norm_linear(
 def linear_add(
     x: Tensor,
     a: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     *,
@@ -96,7 +99,7 @@ def linear_add(
     Args:
         x: (N, F), rows contiguous; of a's dtype or float32.
         a: (N, D) float32, float16 or bfloat16, rows contiguous; D a multiple of 16.
-        weight: (F, D) contiguous.
+        weight: (F, D) contiguous, or quantised.
         bias: (F,).
         norm: (F,), weights of the norm that reads x next. In float16, x · norm must not overflow.
         tiles: how to cut it up; for cuBLAS there is `tidar.kernels.residual.linear_add_norm`.
@@ -119,7 +122,7 @@ def linear_add(
 def norm_gated(
     x: Tensor,
     norm: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     eps: float = 0.0,
@@ -131,7 +134,7 @@ def norm_gated(
 
     Args:
         x: (N, D), as all others but these `norm_linear`'s.
-        weight: (2·F, D) contiguous, all gates before all ups.
+        weight: (2·F, D) contiguous, or quantised, all gates before all ups.
         bias: (2·F,).
 
     Returns:
@@ -144,7 +147,7 @@ def norm_gated(
     out = result(x, None, weight.shape[0] // 2) if out is None else out
     x, squares, _ = _prepared(x, norm, eps, None, ready, tiles)
     if tiles is None:
-        return gated(_cublas(x, weight, bias, result(x, None, weight.shape[0])), out)
+        return gated(cublas(x, weight, bias, result(x, None, weight.shape[0])), out)
     _launch(x, squares, weight, bias, out, eps, None, tiles, gates=True)
     return out
 
@@ -168,7 +171,7 @@ def _prepared(
 def _launch(
     x: Tensor,
     squares: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     out: Tensor,
     eps: float,
@@ -189,14 +192,17 @@ def _launch(
         arrived = _arrived(x.device)
         if grid[0] * grid[1] > len(arrived):
             raise TidarError(f"{grid[0]} x {grid[1]} tiles are too many to be split: at most {len(arrived)}")
-    given = _descriptors(x, weight, sizes) if tiles.tma else (x, weight)
+    held, scale = (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, None)
+    if tiles.tma and scale is not None:
+        raise TidarError("the tensor memory accelerator brings no quantised weights: use tiles without tma")
+    given = _descriptors(x, held, sizes) if tiles.tma else (x, held)
     chunks, squares_row = (0, 0) if squares is None else squares.shape
     scaled = squared = None
     if norm is not None:
         scaled = torch.empty(out.shape, dtype=x.dtype, device=x.device)
         squared = torch.empty(grid[1], len(out), dtype=torch.float32, device=x.device)
     product[grid](
-        given[0], rows, squares, given[1], bias, out, norm, scaled, squared, part, arrived, len(out), eps,
+        given[0], rows, squares, given[1], scale, bias, out, norm, scaled, squared, part, arrived, len(out), eps,
         x.stride(0), squares_row, out.stride(0), ADD=add, CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
         **options(x.device, late=tiles.rows < 64),
@@ -223,7 +229,13 @@ def _arrived(device: torch.device) -> Tensor:
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
-def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def cublas(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``out``, filled with ``x · weightᵀ + bias``; arguments as `norm_linear`'s."""
+    if isinstance(weight, Quantised):
+        # As the kernel does: by numbers that x's dtype holds, and float32 sums that are scaled.
+        sums = torch.empty(out.shape, dtype=torch.float32, device=x.device)
+        cublas(x, weight.values.to(x.dtype), None, sums).mul_(weight.scale)
+        return out.copy_(sums if bias is None else sums.add_(bias))
     if out.dtype == x.dtype:
         return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
     if x.is_cuda:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from tidar.errors import TidarError
+from tidar.kernels.quantised import Quantised, Weight
 
 __all__ = [
     "Ready",
@@ -44,7 +45,7 @@ class Ready(NamedTuple):
 def norm_linear(
     x: Tensor,
     norm: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     eps: float = 0.0,
@@ -61,7 +62,7 @@ def norm_linear(
 def linear_add(
     x: Tensor,
     a: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     *,
@@ -73,7 +74,7 @@ def linear_add(
 
 
 def linear_add_norm(
-    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, *, eps: float
+    x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor | None, *, eps: float
 ) -> None:
     """A product added in place; arguments as `tidar.kernels.residual.linear_add_norm`, the last two are not read."""
     check_add_norm(x, a, weight, bias, norm, eps)
@@ -83,7 +84,7 @@ def linear_add_norm(
 def norm_gated(
     x: Tensor,
     norm: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     eps: float = 0.0,
@@ -123,8 +124,9 @@ def _normed(x: Tensor, norm: Tensor | None, eps: float, rows: Tensor | None) -> 
     return wide if norm is None else wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm
 
 
-def _linear(wide: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = wide @ weight.to(wide.dtype).T
+def _linear(wide: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    whole = weight.dequantised(wide.dtype) if isinstance(weight, Quantised) else weight.to(wide.dtype)
+    product = wide @ whole.T
     return product if bias is None else product + bias
 
 
@@ -132,7 +134,7 @@ def _into(out: Tensor | None, result: Tensor, like: Tensor) -> Tensor:
     return result.to(like.dtype) if out is None else out.copy_(result)
 
 
-def check_add_norm(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float) -> None:
+def check_add_norm(x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor | None, eps: float) -> None:
     """`TidarError` unless the arguments fit together."""
     check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
     if x.dtype != a.dtype:
@@ -144,7 +146,7 @@ def check_add_norm(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, no
 def check_product(
     x: Tensor,
     norm: Tensor | None,
-    weight: Tensor | None,
+    weight: Weight | None,
     bias: Tensor | None,
     eps: float,
     rows: Tensor | None,
@@ -154,13 +156,14 @@ def check_product(
     """`TidarError` unless the arguments fit together; ``features`` is the width of the result."""
     if x.dim() != 2 or x.stride(1) != 1:
         raise TidarError(f"x must be (N, D) with contiguous rows, not {tuple(x.shape)} with strides {x.stride()}")
-    if weight is not None and (weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.is_contiguous()):
-        raise TidarError(f"weight must be (F, {x.shape[1]}) and contiguous, not {tuple(weight.shape)}")
+    held = weight.values if isinstance(weight, Quantised) else weight
+    if held is not None and (held.dim() != 2 or held.shape[1] != x.shape[1] or not held.is_contiguous()):
+        raise TidarError(f"weight must be (F, {x.shape[1]}) and contiguous, not {tuple(held.shape)}")
     if norm is not None and (norm.shape != x.shape[1:] or not eps > 0):
         raise TidarError(f"norm must be ({x.shape[1]},) and eps above 0, not {tuple(norm.shape)} and {eps}")
     if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
         raise TidarError(f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
-    if len({t.dtype for t in (x, norm, weight, bias) if t is not None}) > 1:
+    if len({t.dtype for t in (x, norm, weight, bias) if isinstance(t, Tensor)}) > 1:
         raise TidarError("rows, norm, weight and bias must have one dtype")
     if rows is not None and (rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64)):
         raise TidarError(f"rows must be (N,) int32 or int64, not {tuple(rows.shape)} {rows.dtype}")

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.product_tiles import PROCESSORS
+from tidar.kernels.products import cublas
+from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready, check_add_norm
 from tidar.kernels.rowwise import norm as rms_norm
 from tidar.kernels.workspace import power_of_2
@@ -61,16 +63,28 @@ def slices(n_rows: int, features: int, depth: int) -> int:
     return chosen
 
 
+def _share_out(a: Tensor, weight: Tensor, parts: Tensor) -> None:
+    """The products of the slices of ``a`` (N, D) and ``weight`` (F, D), into ``parts`` (S, N, F) float32."""
+    left = a.view(len(a), len(parts), -1).transpose(0, 1)
+    right = weight.view(len(weight), len(parts), -1).permute(1, 2, 0)
+    if a.dtype == torch.float32:
+        torch.bmm(left, right, out=parts)
+    elif a.is_cuda:
+        torch.bmm(left, right, out_dtype=torch.float32, out=parts)
+    else:
+        torch.bmm(left.float(), right.float(), out=parts)
+
+
 @torch.no_grad()
 def linear_add_norm(
-    x: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, *, eps: float
+    x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor | None, *, eps: float
 ) -> Ready | None:
     """``x += a · weightᵀ + bias`` in place, by cuBLAS, and ``rmsnorm(x) · norm`` of the sum, as x has it.
 
     Args:
         x: (N, F) float32, float16 or bfloat16, rows contiguous.
         a: (N, D) of the same dtype, rows contiguous.
-        weight: (F, D) contiguous.
+        weight: (F, D) contiguous, or quantised.
         bias: (F,).
         norm: (F,), weights of the norm; None for none.
         eps: of the norm, above 0; not read without one.
@@ -83,19 +97,15 @@ def linear_add_norm(
     """
     check_add_norm(x, a, weight, bias, norm, eps)
     count, (features, depth) = len(a), weight.shape
-    shares = slices(count, features, depth)
-    if shares == 1:
+    shares = 1 if isinstance(weight, Quantised) else slices(count, features, depth)
+    if shares == 1 and isinstance(weight, Tensor):
         (x if bias is None else x.add_(bias)).addmm_(a, weight.T)
         return None if norm is None else Ready(rms_norm(x, norm, eps=eps), None)
     parts = torch.empty(shares, count, features, dtype=torch.float32, device=x.device)
-    left = a.view(count, shares, -1).transpose(0, 1)
-    right = weight.view(features, shares, -1).permute(1, 2, 0)
-    if a.dtype == torch.float32:
-        torch.bmm(left, right, out=parts)
-    elif a.is_cuda:
-        torch.bmm(left, right, out_dtype=torch.float32, out=parts)
+    if isinstance(weight, Quantised):
+        cublas(a, weight, None, parts[0])
     else:
-        torch.bmm(left.float(), right.float(), out=parts)
+        _share_out(a, weight, parts)
     out = None if norm is None else torch.empty(count, features, dtype=x.dtype, device=x.device)
     width = power_of_2(features)
     _add_norm[(count,)](
