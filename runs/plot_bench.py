@@ -74,11 +74,7 @@ def series(steps: Sequence[Line]) -> dict[str, list[Line]]:
     """Single greedy rows, by model and prefix, in the order of their queries; the slowest model first."""
     found: dict[str, list[Line]] = {}
     for line in sorted(steps, key=lambda line: line["queries"]):
-        if (
-            line["batch"] == 1
-            and not line["sampled"]
-            and all(line[key] == FORMER[key] for key in STEP if key in FORMER)
-        ):
+        if line["batch"] == 1 and not line["sampled"] and usual(line):
             found.setdefault(f"{line['model']}, prefix {line['prefix']}", []).append(line)
     return dict(sorted(found.items(), key=lambda each: -each[1][-1]["milliseconds"]))
 
