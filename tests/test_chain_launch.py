@@ -24,7 +24,7 @@ from tidar.kernels.chain import Shortlists  # noqa: E402
 
 def test_the_first_on_the_list_of_equals() -> None:
     """Which is the lowest token, unless that is of a later group: each takes 8 tokens in turn."""
-    turn = 8 * twin.GROUPS
+    turn = 8 * 32
     case = Case(places=5, vocab=2 * turn + 8)
     given = case.tensors()
     given["mix"].zero_()
@@ -108,7 +108,7 @@ def test_a_stale_counter_is_caught() -> None:
     case = Case(places=4)
     given, lists = case.tensors(1), case.shortlists()
     given["made"].fill_(True)
-    lists.arrived.fill_(case.places * (chain.SLOTS // 64) - 1)
+    lists.arrived.fill_(case.places * (256 // 64) - 1)
     with pytest.raises(AssertionError):
         computed(case, given, lists)
 
@@ -188,12 +188,12 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tidar.kernels import reference_chain as twin
-twin.GROUPS = {groups}
 from tidar.kernels import chain
-dealt = dict(VOCAB={vocab}, GROUPS=twin.GROUPS, LANES=twin.lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=twin.KEPT)
-dealt |= dict(DEALT=twin.DEALT, num_warps=chain.TOGETHER)
-follow = dict(made_place=1, out_place=1, **chain.sizes({places}, 256, {size}))
+from tidar.kernels.reference_chain import DEALT, KEPT, groups, lanes
+count = groups({rows})
+dealt = dict(VOCAB={vocab}, GROUPS=count, LANES=lanes({vocab}, count), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
+dealt["num_warps"] = chain.TOGETHER
+follow = dict(made_place=1, out_place=1, **chain.sizes({places}, KEPT * count, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i1", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
     noise="*fp32", following="*i32", arrived="*i32")
@@ -220,14 +220,14 @@ for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize(
-    ("vocab", "places", "dtype", "groups"),
-    [(4096, 15, "bf16", 32), (4096, 3, "bf16", 32), (151_936, 15, "bf16", 32), (4096, 63, "fp16", 32)]
-    + [(4096, 15, "fp32", 32), (4096, 15, "bf16", 64), (4096, 15, "fp32", 64)],
+    ("rows", "vocab", "places", "dtype"),
+    [(1, 4096, 15, "bf16"), (1, 4096, 63, "fp16"), (1, 4096, 15, "fp32"), (1, 151_936, 3, "bf16")]
+    + [(2, 4096, 15, "bf16"), (2, 4096, 63, "fp16"), (2, 4096, 15, "fp32")],
 )
 def test_compiles_for_hopper_without_spilling(
-    vocab: int, places: int, dtype: str, groups: int, sampling: bool, tmp_path: Path
+    rows: int, vocab: int, places: int, dtype: str, sampling: bool, tmp_path: Path
 ) -> None:
-    given = {"vocab": vocab, "places": places, "dtype": dtype, "groups": groups, "size": 4 if dtype == "fp32" else 2}
+    given = {"rows": rows, "vocab": vocab, "places": places, "dtype": dtype, "size": 4 if dtype == "fp32" else 2}
     (tmp_path / "compile.py").write_text(COMPILE.format(**given, sampling=sampling, path=str(tmp_path)))
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)

@@ -114,9 +114,9 @@ def random_logits(kind: str, rows: int, places: int, vocab: int, seed: int = 0) 
             return torch.zeros_like(x)
 
 
-def noise_of(
-    seeds: Any, positions: Any, out: Any, ROWS: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr
-) -> None:
+def noise_of(  # type: ignore[no-untyped-def]  # on a GPU Triton would look for Any
+    seeds, positions, out, ROWS: tl.constexpr, TOKENS: tl.constexpr, STREAM: tl.constexpr
+):
     row, token = tl.arange(0, ROWS), tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     quad = tl.program_id(0) * (TOKENS // 4) + tl.arange(0, TOKENS // 4)
     made = gumbel(words(tl.load(seeds + row)[:, None], tl.load(positions + row)[:, None], quad[None, :], STREAM))

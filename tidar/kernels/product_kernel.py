@@ -67,7 +67,9 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr):
         return tl.sum(acc, 0)
 
 
-@triton.jit
+# One program for all numbers of rows: compiled anew for some (1, multiples of 16), loads would be laid out otherwise,
+# and sums over them formed in another order.
+@triton.jit(do_not_specialize=["count", "squares_row"])
 def product(
     x, rows, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
     x_row, squares_row, out_row,

@@ -7,6 +7,8 @@ Legend: B rows, R drafts, V vocabulary, W width of the transition, G groups, S t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
@@ -14,17 +16,15 @@ from torch.nn.functional import pad, silu
 from tidar.errors import TidarError
 from tidar.noise import gumbel
 
-__all__ = ["chain", "check_chain", "lanes", "shortlist"]
+__all__ = ["chain", "check_chain", "groups", "lanes", "shortlist"]
 
-GROUPS = 32
-"""G. With twice as many, so 512 tokens on a list, more drafts are accepted, but about as much is lost in time."""
 KEPT = 8
 """K, tokens that a group names."""
 DEALT = 8
 """Tokens dealt to a group at a time: 32 bytes of logits, so that nothing is read in vain. In turn, because tokens of
 low numbers are frequent ones, and would be one group's."""
 LANES = 128
-"""Of a group, at most."""
+"""Of a group, at most: of tokens that share a lane, one can be listed."""
 
 
 def chain(
@@ -72,10 +72,11 @@ def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
     Group by group, in each the best first, lower tokens before higher ones among equals. Where a group has too few
     tokens, the last token of the vocabulary fills its list.
     """
-    vocab = base.shape[-1]
-    count = GROUPS * lanes(vocab)
+    rows, _, vocab = base.shape
+    dealt = groups(rows), DEALT
+    count = groups(rows) * lanes(vocab, groups(rows))
     scores = pad(base.masked_fill(suppressed, -torch.inf), (0, -vocab % count), value=-torch.inf)
-    scores, won = scores.unflatten(-1, (-1, count // (GROUPS * DEALT), GROUPS, DEALT)).max(-4)  # of each lane
+    scores, won = scores.unflatten(-1, (-1, count // math.prod(dealt), *dealt)).max(-4)  # of each lane
     token = won * count + torch.arange(count, device=base.device).view(won.shape[-3:])
     scores, token = (t.transpose(-3, -2).flatten(-2) for t in (scores, token))
     token, order = token.sort(-1)
@@ -84,9 +85,15 @@ def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
     return listed
 
 
-def lanes(vocab: int) -> int:
-    """Lanes that a group deals its tokens to; a power of 2, enough for one token each or `LANES`."""
-    return min(LANES, max(DEALT, 1 << (-(-vocab // GROUPS) - 1).bit_length()))
+def groups(rows: int) -> int:
+    """G for B rows: lists of 512 tokens lose hardly a draft, of 256 a few more. But the longer ones' products are four
+    times as large, and only those of a single row are small enough to be a matter of latency."""
+    return 64 if rows == 1 else 32
+
+
+def lanes(vocab: int, count: int) -> int:
+    """Lanes that each of ``count`` groups deals its tokens to; a power of 2, one for each token or `LANES`."""
+    return min(LANES, max(DEALT, 1 << (-(-vocab // count) - 1).bit_length()))
 
 
 def check_chain(
