@@ -14,7 +14,7 @@ from tidar.errors import TidarError
 from tidar.kernels import reference_products as twin
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-from tidar.kernels import residual
+from tidar.kernels import residual, rowwise
 
 
 def given(rows: int, features: int, depth: int, dtype: torch.dtype, *, bias: bool) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def test_sum_and_norm(features: int, depth: int, shares: int, dtype: torch.dtype
         assert agree(case["x"], wanted, dtype)
         # The norm is of the sum as it was rounded, so that both halves of a layer see one residual stream.
         again = {"x": case["x"], "weight": case["norm"], "eps": case["eps"]}
+        assert ready is not None and torch.equal(ready.rows, rowwise.norm(**again))
         assert ready is not None and ready.squares is None and agree(ready.rows, exact(twin.norm, again), dtype)
 
 
