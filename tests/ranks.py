@@ -83,7 +83,7 @@ def errors(lines: list[str]) -> list[str]:
 def main(argv: list[str]) -> int:
     """One rank. ``TIDAR_TEST_FAULT`` is ``what:rank:step``: there, and before the first restart only, it happens.
 
-    ``record`` and what begins with ``slow`` are for all ranks and steps.
+    ``late`` comes before the first step. ``record`` and what begins with ``slow`` are for all ranks and steps.
     """
     import torch
 
@@ -109,6 +109,8 @@ def main(argv: list[str]) -> int:
         steps = len((folder.parent.parent / "metrics.jsonl").read_text().splitlines())
         print(f"{folder.name} written when {steps} steps were done", file=sys.stderr, flush=True)
 
+    if what == "late" and mine:
+        time.sleep(4)
     if what.startswith("slow"):
         shards.save_model = late  # type: ignore[attr-defined]  # before any rank writes its part, so that training passes it by
         checkpoint.write_manifest = slowly

@@ -65,8 +65,10 @@ def test_micro_batches_that_cannot_be_shared(recipe: Path, tmp_path: Path) -> No
     assert said.startswith("2 ranks cannot share the 3 micro-batches of a step: choose micro_batch (now 1)")
 
 
-def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    assert "cannot read" in refused(tmp_path / "none.toml", tmp_path / "run")
+@pytest.mark.parametrize("fault", ["", "late:0:0", "late:1:0"])
+def test_a_recipe_that_is_not_there(tmp_path: Path, fault: str) -> None:
+    """It is said once, though a rank that does not say it comes to its end earlier."""
+    assert "cannot read" in refused(tmp_path / "none.toml", tmp_path / "run", fault=fault)
 
 
 def test_a_broken_checkpoint(recipe: Path, tmp_path: Path) -> None:

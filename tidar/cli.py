@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from tidar.decode.generation import Completion
 
 __all__ = ["main"]
+
+PATIENCE = 60
+"""Seconds for which a rank that leaves the word to another waits: the first that ends is the end of all, and torchrun
+would stop the other before it has spoken."""
 
 T = TypeVar("T")
 Flattened = Annotated[T, arg(name="")]
@@ -229,8 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except TidarError as error:
         # Of ranks, the one that knows speaks; a command that is wrong is so for all of a machine.
-        mute = isinstance(error, PeerError) or (command is None and os.environ.get("LOCAL_RANK", "0") != "0")
-        if not mute:
+        if isinstance(error, PeerError) or (command is None and os.environ.get("LOCAL_RANK", "0") != "0"):
+            time.sleep(PATIENCE)
+        else:
             print(f"tidar: error: {_one_line(error)}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os._exit(2)  # torch's own end may abort, or wait for ranks that are gone
