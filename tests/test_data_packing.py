@@ -45,7 +45,7 @@ def take(data: PackedData, batches: int) -> list[PackedBatch]:
 
 
 def equal(left: list[PackedBatch], right: list[PackedBatch]) -> bool:
-    pairs = [(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True)]
+    pairs = [(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x[:3], y[:3], strict=True)]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -63,7 +63,7 @@ def test_every_document_once_an_epoch_and_whole(
     size = sum(lengths)
     stream: list[int] = []
     while len(stream) < 3 * size:
-        tokens, starts, ends = data.next()
+        tokens, starts, ends = data.next()[:3]
         assert tokens.shape == starts.shape == ends.shape == (batch, seq_len)
         assert tokens.dtype == starts.dtype == ends.dtype == torch.int64
         stream += tokens.flatten().tolist()

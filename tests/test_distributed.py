@@ -197,7 +197,7 @@ def test_every_document_once_an_epoch(root: Path, converted: Callable[[str], Pat
     assert sorted(taken) == [(step, number) for step in range(steps) for number in range(4)]
     stream = PackedData(folder, seq_len=24, batch_size=2, seed=0)
     assert [taken[key] for key in sorted(taken)] == [
-        [part.tolist() for part in stream.next()] for _ in range(4 * steps)
+        [part.tolist() for part in stream.next()[:3]] for _ in range(4 * steps)
     ], "same rows in the same order as one process takes"
     # Without the shuffle of rows: every document whole, once an epoch.
     plain = PackedData(folder, seq_len=24, batch_size=1, seed=0, window=1)

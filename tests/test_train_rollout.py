@@ -128,7 +128,7 @@ def test_sampled_blocks_follow_the_models_distribution(converted: Callable[[str]
     tiny, documents, share, temperature = load_model(converted("llama"), dtype="float64"), 4000, 0.6, 2.0
     batch = pack([[3] * documents])
     batch = batch._replace(tokens=torch.tensor([5, 77, 9]).repeat(documents)[None])
-    batch = PackedBatch(*(part.view(40, -1) for part in batch))
+    batch = PackedBatch(*(part.view(40, -1) for part in batch[:3]))
     batch = batch._replace(starts=batch.starts % 300, ends=(batch.ends - 1) % 300 + 1)
     sampling = Sampling(share, temperature, 11)
     written = roll_out(tiny, batch, Blocks(2, 0), sampling=sampling).tokens.view(-1, 3)[:, 2]
@@ -234,7 +234,7 @@ def test_micro_batches_add_up(converted: Callable[[str], Path], root: Path) -> N
     for size in (4, 1):
         plan = config(root, converted("llama"), micro_batch=size, seq_len=30, batch_tokens=120, draft_text="model")
         stepper = Stepper(load_model(converted("llama"), dtype="float64"), replace(plan, clip=1e9))
-        cut = zip(*(torch.split(part, size) for part in whole), strict=True)
+        cut = zip(*(torch.split(part, size) for part in whole[:3]), strict=True)
         values = stepper([PackedBatch(*parts) for parts in cut], 0, 1e-3)
         results.append((values, {n: p.detach() for n, p in stepper.model.hf.named_parameters()}))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

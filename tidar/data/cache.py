@@ -2,7 +2,8 @@
 
 A cache folder holds ``tokens.bin`` (all documents end to end, uint16 if the vocabulary fits and uint32 otherwise),
 ``docs.bin`` (int64, N + 1 offsets into it) and ``meta.json``. Every document ends with the end-of-text token, which
-is part of it. A folder is whole or absent: it is written beside its place and renamed into it.
+is part of it. Where not every token is to be learnt, ``learned.bin`` has a byte for each, 1 or 0. A folder is whole or
+absent: it is written beside its place and renamed into it.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class CacheWriter:
         folder: an existing folder, normally one of `fresh_folder`.
         vocab_size: number of token ids; decides the width of a token on disk.
         eos_id: the id every document must end with.
+        partly: whether documents say which of their tokens are learnt.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, eos_id: int) -> None:
+    def __init__(self, folder: Path, *, vocab_size: int, eos_id: int, partly: bool = False) -> None:
         self.folder = folder
         self.vocab_size = vocab_size
         self.eos_id = eos_id
@@ -76,19 +78,26 @@ class CacheWriter:
         self.lengths: list[int] = []
         self.text_bytes = 0
         self._file = (folder / "tokens.bin").open("wb")
+        self._learned = (folder / "learned.bin").open("wb") if partly else None
 
-    def add(self, tokens: NDArray[Any], text_bytes: int) -> None:
-        """Appends one document: its ids, the end-of-text token last, and the UTF-8 size of its text."""
+    def add(self, tokens: NDArray[Any], text_bytes: int, learned: NDArray[np.bool_] | None = None) -> None:
+        """Appends one document: its ids, the end-of-text token last, the UTF-8 size of its text, and which tokens are
+        learnt, if not all."""
         assert tokens[-1] == self.eos_id
+        assert (learned is None) == (self._learned is None)
         self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
+        if self._learned is not None and learned is not None:
+            assert len(learned) == len(tokens)
+            self._learned.write(learned.astype(np.uint8).tobytes())
         self.lengths.append(len(tokens))
         self.text_bytes += text_bytes
 
     def close(self, extra: Mapping[str, Any] | None = None) -> None:
         """Writes offsets and meta.json, in which ``extra`` is kept too."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        for file in filter(None, (self._file, self._learned)):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
         (self.folder / "docs.bin").write_bytes(offsets.tobytes())
         meta = {
@@ -99,6 +108,7 @@ class CacheWriter:
             "documents": len(self.lengths),
             "tokens": int(offsets[-1]),
             "bytes": self.text_bytes,
+            "partly": self._learned is not None,
             **(extra or {}),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -107,7 +117,8 @@ class CacheWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        for file in filter(None, (self._file, self._learned)):
+            file.close()
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,13 @@ class TokenCache:
         tokens: (T,) uint16 or uint32, memory-mapped.
         offsets: (N + 1,) int64; document i is ``tokens[offsets[i]:offsets[i + 1]]``.
         meta: meta.json; ``bytes`` is the UTF-8 size of the texts, without end-of-text tokens.
+        learned: (T,) uint8, memory-mapped, 1 where a token is learnt; None where all are.
     """
 
     tokens: NDArray[Any]
     offsets: NDArray[np.int64]
     meta: dict[str, Any]
+    learned: NDArray[np.uint8] | None = None
 
 
 def open_cache(folder: Path) -> TokenCache:
@@ -137,9 +150,10 @@ def open_cache(folder: Path) -> TokenCache:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         offsets = np.fromfile(folder / "docs.bin", np.int64)
         tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(meta["dtype"]), mode="r")
+        learned = np.memmap(folder / "learned.bin", dtype=np.uint8, mode="r") if meta.get("partly") else None
         whole = meta["format"] == FORMAT and len(offsets) > 1 and offsets[-1] == len(tokens) == meta["tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TidarError(f"prepared data in {folder} is broken ({error}): delete it and prepare it again") from error
-    if not whole:
+    if not whole or (learned is not None and len(learned) != len(tokens)):
         raise TidarError(f"prepared data in {folder} is incomplete or of another format: prepare it again")
-    return TokenCache(tokens, offsets, meta)
+    return TokenCache(tokens, offsets, meta, learned)

@@ -3,7 +3,8 @@
 An endless stream of tokens is cut into rows: epoch after epoch, each a fresh permutation of the documents that
 (seed, epoch) alone decides. So every token of every document occurs exactly once an epoch; an epoch's last row is
 completed with the beginning of the next. A document that a row's end cuts goes on in the next row *as a new
-document*: its positions restart, and it does not see its first part.
+document*: its positions restart, and it does not see its first part. Where documents are conversations, it is not
+learnt either: it may be an answer without its question.
 
 Rows are then shuffled among `WINDOW` neighbours (at most an epoch's rows), since a batch of neighbouring rows would
 hold few documents. The number of rows taken is all there is to resume.
@@ -36,11 +37,13 @@ class PackedBatch(NamedTuple):
         tokens: (B, S) token ids; no padding.
         starts: (B, S) slot in the row of the first token of each token's document.
         ends: (B, S) one past the slot of its last token.
+        learned: (B, S) bool, the tokens that are to be predicted; None for all.
     """
 
     tokens: Tensor
     starts: Tensor
     ends: Tensor
+    learned: Tensor | None = None
 
 
 class PackedData:
@@ -67,6 +70,7 @@ class PackedData:
         self.seed = seed
         self._tokens = cache.tokens
         self._offsets = cache.offsets
+        self._learned = cache.learned
         self._window = max(1, min(window, len(self._tokens) // seq_len))
         self._row = 0  # rows taken
         self._orders: dict[int, tuple[Ints, Ints]] = {}
@@ -84,31 +88,38 @@ class PackedData:
     def next(self) -> PackedBatch:
         """The next ``batch_size`` rows."""
         size = self.batch_size * self.seq_len
-        sources, lengths = [], []
+        sources, lengths, starting = [], [], []
         for row in range(self._row, self._row + self.batch_size):
             place, end = self._place(row) * self.seq_len, (self._place(row) + 1) * self.seq_len
             while place < end:
-                source, length = self._pieces(place, end - place)
+                source, length, begun = self._pieces(place, end - place)
                 sources.append(source)
                 lengths.append(length)
+                starting.append(begun)
                 place += int(length.sum())
         self._row += self.batch_size
         source, length = np.concatenate(sources), np.concatenate(lengths)
         begin = np.cumsum(length) - length  # each piece's place in the batch
-        tokens = self._tokens[np.repeat(source - begin, length) + np.arange(size)].astype(np.int64)
+        taken = np.repeat(source - begin, length) + np.arange(size)
+        tokens = self._tokens[taken].astype(np.int64)
         cuts = np.union1d(begin, np.arange(0, size, self.seq_len))
         run = np.diff(cuts, append=size)
         starts = np.repeat(cuts % self.seq_len, run)
         ends = np.repeat(cuts % self.seq_len + run, run)
         shape = (self.batch_size, self.seq_len)
-        return PackedBatch(*(torch.from_numpy(a.reshape(shape)) for a in (tokens, starts, ends)))
+        batch = PackedBatch(*(torch.from_numpy(a.reshape(shape)) for a in (tokens, starts, ends)))
+        if self._learned is None:
+            return batch
+        learned = self._learned[taken].astype(bool) & np.repeat(np.concatenate(starting), length)
+        return batch._replace(learned=torch.from_numpy(learned.reshape(shape)))
 
     def skip(self) -> None:
         """Leave the next ``batch_size`` rows to another process."""
         self._row += self.batch_size
 
-    def _pieces(self, position: int, wanted: int) -> tuple[Ints, Ints]:
-        """Documents, the first and last perhaps in part, that follow ``position`` in its epoch: offsets, lengths."""
+    def _pieces(self, position: int, wanted: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
+        """Documents, the first and last perhaps in part, that follow ``position`` in its epoch: offsets, lengths, and
+        whether the piece begins where its document does."""
         epoch, place = divmod(position, len(self._tokens))
         order, all_ends = self._order(epoch)
         stop = min(place + wanted, len(self._tokens))
@@ -118,7 +129,7 @@ class PackedData:
         document = order[first : last + 1]
         begins = ends - (self._offsets[document + 1] - self._offsets[document])
         skipped = np.maximum(place - begins, 0)
-        return self._offsets[document] + skipped, np.minimum(ends, stop) - begins - skipped
+        return self._offsets[document] + skipped, np.minimum(ends, stop) - begins - skipped, skipped == 0
 
     def _order(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's documents in order, and its stream position after each of them."""

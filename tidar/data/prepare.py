@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from tidar.data.cache import FORMAT, CacheWriter, TokenCache, fresh_folder, open_cache
 from tidar.data.config import DataConfig
+from tidar.data.conversation import Template, encode_conversations, template_encoder
 from tidar.data.dedup import digest, near_duplicates, signature
-from tidar.data.sources import documents, identity
+from tidar.data.sources import Document, documents, identity
 from tidar.data.tokenizer import encode_documents, end_of_text, plain_encoder, vocabulary_digest
 from tidar.errors import TidarError
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["prepare"]
+
+Encoded = tuple[NDArray[np.uint32], NDArray[np.bool_] | None]
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerFast, out: Path) -> Path:
@@ -48,7 +51,9 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerFast, out: Path) -
         if (meta.get("tokenizer"), meta["eos_id"]) != (vocabulary, eos_id):
             raise TidarError(f"{folder} was prepared with another tokenizer: use that one or prepare the data again")
         return folder
-    key = [FORMAT, asdict(config), [identity(s, config) for s in config.sources], vocabulary, eos_id, len(tokenizer)]
+    template = tokenizer.chat_template if config.conversations else None
+    origins = [identity(source, config) for source in config.sources]
+    key = [FORMAT, asdict(config), template, origins, vocabulary, eos_id, len(tokenizer)]
     fingerprint = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     if _fingerprint_of(out) == fingerprint:
         return out
@@ -67,22 +72,27 @@ def _fingerprint_of(out: Path) -> str | None:
 
 
 class _Reader:
-    """Texts worth keeping, and what is needed later to choose among them."""
+    """Documents worth keeping, and what is needed later to choose among them."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, template: Template | None) -> None:
         self.config = config
+        self.template = template
         self.removed: Counter[str] = Counter()
         self.digests: list[bytes] = []
         self.sizes: list[int] = []
         self.signatures: list[NDArray[np.uint32]] = []
 
-    def texts(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         config, seen = self.config, set()
         for source in config.sources:
-            for _, text in documents(source, config):
-                data = text.encode("utf-8")
-                if len(data) < config.min_bytes or not text.strip():
+            for document in documents(source, config):
+                data = document.text.encode("utf-8")
+                if len(data) < config.min_bytes or not document.text.strip():
                     self.removed["small"] += 1
+                elif config.conversations and all(m["role"] != "assistant" for m in document.messages):
+                    self.removed["without an answer"] += 1
+                elif self.template is not None and self.template.spells_special(document.messages):
+                    self.removed["spells out a special token"] += 1
                 elif len(data) > config.max_bytes:
                     self.removed["large"] += 1
                 elif (key := digest(data)) in seen and config.duplicates != "keep":
@@ -93,7 +103,18 @@ class _Reader:
                     self.sizes.append(len(data))
                     if config.duplicates == "near":
                         self.signatures.append(signature(data))
-                    yield text
+                    yield document
+
+    def encoded(self, tokenizer: PreTrainedTokenizerFast, eos_id: int) -> Iterator[Encoded]:
+        """The ids of each document, and which are learnt, if not all."""
+        if self.template is not None:
+            template = self.template
+            segments = (template.segments(d.messages, d.origin) for d in self.documents())
+            yield from encode_conversations(template_encoder(tokenizer), segments, eos_id)
+        else:
+            texts = (document.text for document in self.documents())
+            for ids in encode_documents(plain_encoder(tokenizer), texts, eos_id):
+                yield ids, None
 
 
 def _fill(
@@ -101,12 +122,13 @@ def _fill(
 ) -> dict[str, object]:
     """All documents are tokenised into a spool as they come, since a stream comes but once; then the chosen copied."""
     vocab_size = len(tokenizer)
-    reader = _Reader(config)
+    template = Template(tokenizer) if config.conversations else None
+    reader = _Reader(config, template)
     spool = folder / "spool"
     spool.mkdir()
-    with CacheWriter(spool, vocab_size=vocab_size, eos_id=eos_id) as cache:
-        for tokens in _shown(encode_documents(plain_encoder(tokenizer), reader.texts(), eos_id), reader):
-            cache.add(tokens, reader.sizes[len(cache.lengths)])
+    with CacheWriter(spool, vocab_size=vocab_size, eos_id=eos_id, partly=template is not None) as cache:
+        for tokens, learned in _shown(reader.encoded(tokenizer, eos_id)):
+            cache.add(tokens, reader.sizes[len(cache.lengths)], learned)
         cache.close()
     if not reader.sizes:
         why = ", ".join(f"{n} {rule}" for rule, n in reader.removed.items()) or "the sources are empty"
@@ -150,15 +172,20 @@ def _parts(reader: _Reader) -> dict[str, NDArray[np.int64]]:
 def _copy(
     folder: Path, whole: TokenCache, chosen: NDArray[np.int64], sizes: list[int], extra: dict[str, str]
 ) -> dict[str, int]:
-    meta = whole.meta
-    with CacheWriter(folder, vocab_size=meta["vocab_size"], eos_id=meta["eos_id"]) as cache:
+    meta, learned = whole.meta, 0
+    partly = whole.learned is not None
+    with CacheWriter(folder, vocab_size=meta["vocab_size"], eos_id=meta["eos_id"], partly=partly) as cache:
         for i in chosen:
-            cache.add(whole.tokens[whole.offsets[i] : whole.offsets[i + 1]], sizes[i])
+            part = slice(whole.offsets[i], whole.offsets[i + 1])
+            kept = None if whole.learned is None else whole.learned[part].astype(bool)
+            cache.add(whole.tokens[part], sizes[i], kept)
+            learned += 0 if kept is None else int(kept.sum())
         cache.close(extra)
-    return {"documents": len(chosen), "bytes": cache.text_bytes, "tokens": sum(cache.lengths)}
+    stats = {"documents": len(chosen), "bytes": cache.text_bytes, "tokens": sum(cache.lengths)}
+    return {**stats, "learned": learned} if partly else stats
 
 
-def _shown(encoded: Iterator[NDArray[np.uint32]], reader: _Reader) -> Iterator[NDArray[np.uint32]]:
+def _shown(encoded: Iterator[Encoded]) -> Iterator[Encoded]:
     """Passes the documents on and shows their number on the terminal."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -167,8 +194,8 @@ def _shown(encoded: Iterator[NDArray[np.uint32]], reader: _Reader) -> Iterator[N
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("preparing data")
         total = 0
-        for number, tokens in enumerate(encoded, 1):
+        for number, (tokens, learned) in enumerate(encoded, 1):
             total += len(tokens)
             if number % 100 == 0:
                 progress.update(task, description=f"preparing data: {number:,} documents, {total:,} tokens")
-            yield tokens
+            yield tokens, learned

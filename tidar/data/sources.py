@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tidar.data.config import DataConfig
+from tidar.data.conversation import Message
 from tidar.errors import TidarError
 
 __all__ = ["Document", "documents", "identity"]
@@ -22,10 +23,11 @@ PAUSE = 2.0  # seconds before the first retry, doubled with each
 
 
 class Document(NamedTuple):
-    """A text, and where it came from for error messages."""
+    """A text, and where it came from for error messages; of a conversation the turns too."""
 
     origin: str
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 def documents(source: str, config: DataConfig) -> Iterator[Document]:
@@ -72,9 +74,11 @@ def _local(source: str, config: DataConfig) -> Iterator[Document]:
     for path in _files(source, config):
         try:
             if path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _jsonl(path, config.text_field)
+                yield from _jsonl(path, config)
             elif path.suffix == ".parquet":
-                yield from _parquet(path, config.text_field)
+                yield from _parquet(path, config)
+            elif config.conversations:
+                raise TidarError(f"{path} holds no conversations: give jsonl, parquet or a Hugging Face data set")
             else:
                 yield Document(str(path), _utf8(path.read_bytes(), str(path)))
         except (OSError, EOFError, zlib.error) as error:
@@ -88,7 +92,7 @@ def _utf8(data: bytes, origin: str) -> str:
         raise TidarError(f"{origin} is not UTF-8 (byte {error.start}): convert it or take it out") from error
 
 
-def _jsonl(path: Path, field: str) -> Iterator[Document]:
+def _jsonl(path: Path, config: DataConfig) -> Iterator[Document]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             origin = f"{path} line {number}"
@@ -98,33 +102,59 @@ def _jsonl(path: Path, field: str) -> Iterator[Document]:
                 row = json.loads(_utf8(line, origin))
             except json.JSONDecodeError as error:
                 raise TidarError(f"{origin} is not JSON ({error.msg}), perhaps truncated: mend the file") from error
-            yield Document(origin, _text(row, field, origin))
+            yield _document(row, config, origin)
 
 
-def _parquet(path: Path, field: str) -> Iterator[Document]:
+def _parquet(path: Path, config: DataConfig) -> Iterator[Document]:
     try:
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise TidarError(f"{path} needs pyarrow: pip install 'tidar[train]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise TidarError(_no_field(str(path), field, file.schema_arrow.names))
+            for field in config.fields:
+                if field not in file.schema_arrow.names:
+                    raise TidarError(_no_field(str(path), field, file.schema_arrow.names, config))
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for batch in file.iter_batches(batch_size=1024, columns=list(config.fields)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Document(f"{path} row {number}", _text(row, field, f"{path} row {number}"))
+                    yield _document(row, config, f"{path} row {number}")
     except (ArrowException, UnicodeDecodeError) as error:
         raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
 
 
-def _text(row: Any, field: str, origin: str) -> str:
+def _document(row: Any, config: DataConfig, origin: str) -> Document:
     if not isinstance(row, dict):
-        raise TidarError(f"{origin} is no JSON object with a field {field!r}: mend the file")
-    if field not in row:
-        raise TidarError(_no_field(origin, field, list(row)))
-    text = row[field]
+        raise TidarError(f"{origin} is no JSON object with a field {config.fields[0]!r}: mend the file")
+    for field in config.fields:
+        if field not in row:
+            raise TidarError(_no_field(origin, field, list(row), config))
+    values = [row[field] for field in config.fields]
+    if not config.conversations:
+        return Document(origin, _text(values[0], config.text_field, origin))
+    if config.messages_field:
+        messages = _messages(values[0], config.messages_field, origin)
+    else:
+        roles = ("user", "assistant") * (len(values) // 2)
+        named = zip(roles, values, config.turn_fields, strict=True)
+        messages = tuple({"role": role, "content": _text(value, field, origin)} for role, value, field in named)
+    return Document(origin, "\n".join(message["content"] for message in messages), messages)
+
+
+def _messages(value: Any, field: str, origin: str) -> tuple[Message, ...]:
+    if isinstance(value, str):  # as some data sets keep them
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    turns: list[Any] = value if isinstance(value, list) else [None]
+    if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in turns):
+        raise TidarError(f"{origin}: field {field!r} holds no list of turns with role and content; set messages_field")
+    return tuple({"role": turn["role"], "content": _text(turn["content"], "content", origin)} for turn in turns)
+
+
+def _text(text: Any, field: str, origin: str) -> str:
     if not isinstance(text, str):
         raise TidarError(f"{origin}: field {field!r} holds {type(text).__name__}, not text; set text_field")
     try:
@@ -134,8 +164,9 @@ def _text(row: Any, field: str, origin: str) -> str:
     return text
 
 
-def _no_field(origin: str, field: str, names: list[str]) -> str:
-    return f"{origin} has no field {field!r}: set text_field to one of {', '.join(map(repr, names))}"
+def _no_field(origin: str, field: str, names: list[str], config: DataConfig) -> str:
+    setting = "turn_fields" if config.turn_fields else "messages_field" if config.messages_field else "text_field"
+    return f"{origin} has no field {field!r}: set {setting} to one of {', '.join(map(repr, names))}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -157,8 +188,7 @@ def _hub(source: str, config: DataConfig) -> Iterator[Document]:
         try:
             stream = load_dataset(name, subset, split=split or "train", streaming=True)
             for row in stream.skip(taken):
-                document = Document(f"{source} document {taken + 1}", "")
-                yield document._replace(text=_text(row, config.text_field, document.origin))
+                yield _document(row, config, f"{source} document {taken + 1}")
                 taken += 1
                 failures = 0
             return

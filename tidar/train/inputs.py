@@ -69,29 +69,32 @@ def make_inputs(
             None masks everything (the paper's method).
         decay: weight of a mask's loss is decay^(its offset in the block), scaled to a mean of 1 over a whole block.
     """
-    tokens, starts, ends = (moved(part, device) for part in batch)
+    tokens, starts, ends = (moved(part, device) for part in batch[:3])
     rows, size = tokens.shape
-    has_ar = (torch.arange(size, device=device) > starts).float()
+    follows = torch.arange(size, device=device) > starts
+    learned = None if batch.learned is None else moved(batch.learned, device).float()
+    has_ar = follows.float() if learned is None else follows * learned
+    targets = Targets(labels=tokens, has_ar=has_ar, draft=None, learned=learned)
     if blocks is None:
-        return Inputs(tokens, layout.packed(starts), Targets(labels=tokens, has_ar=has_ar, draft=None))
+        return Inputs(tokens, layout.packed(starts), targets)
     # Filled on the device: a copied scalar would make the host wait, a Python int would recompile the attention.
     k, phase = (torch.full((), n, dtype=torch.int64, device=device) for n in (blocks.k, blocks.phase))
     plan = layout.training(starts, ends, k, phase)
-    ids, weight = plan.tokens(tokens, mask_id), torch.ones_like(has_ar)
+    ids, weight = plan.tokens(tokens, mask_id), torch.ones_like(has_ar) if learned is None else learned
     if noise is not None:
         generator = torch.Generator(device).manual_seed(noise)
         share = 1 - torch.rand(rows, size, device=device, generator=generator)
         share = share.gather(1, plan.block[:, size:, 0] - size)  # one t a block: that of its first slot
         masked = torch.rand(rows, size, device=device, generator=generator) < share
         ids = torch.cat([tokens, torch.where(masked, mask_id, tokens)], 1)
-        weight = masked / share
-    inputs = Inputs(ids, plan, Targets(labels=tokens, has_ar=has_ar, draft=weight))
+        weight = weight * masked / share
+    inputs = Inputs(ids, plan, replace(targets, draft=weight))
     if decay < 1:
         mean = sum(decay**offset for offset in range(blocks.k)) / blocks.k
         weight = weight * decay**inputs.offset / mean
     # A document's first token has none before it; the mask token stands for that.
     unknown = torch.full_like(tokens, mask_id)
-    before = torch.where(has_ar.bool(), pad(tokens[:, :-1], (1, 0)), unknown)
+    before = torch.where(follows, pad(tokens[:, :-1], (1, 0)), unknown)
     return replace(inputs, targets=replace(inputs.targets, draft=weight, before=before))
 
 

@@ -39,6 +39,7 @@ class Targets:
         labels: (B, S) int64, the clean tokens.
         has_ar: (B, S) float, 1 where the token before belongs to the same document, so that an AR row predicts it.
         draft: (B, S) float, weight of the mask row's loss, or None for AR training.
+        learned: (B, S) float, 0 for tokens that neither half is to predict; None: all are.
         drafted: (B, S) int64, labels of the mask rows; None: ``labels``.
         teacher: (B, S, D) detached, hidden states whose distributions the mask rows learn; None: the AR rows.
         before: (B, S) int64, the token before each mask's, which a transition reads.
@@ -47,6 +48,7 @@ class Targets:
     labels: Tensor
     has_ar: Tensor
     draft: Tensor | None
+    learned: Tensor | None = None
     drafted: Tensor | None = None
     teacher: Tensor | None = None
     before: Tensor | None = None
@@ -62,10 +64,12 @@ class Counts:
 
 def count(micro_batches: list[Targets], world: World = ALONE) -> Counts:
     """Labels of both halves over all micro-batches of a step, on all ranks. Under random masking the 1/t weights make
-    every token count once in expectation, so the draft's denominator is the number of tokens in either case."""
-    tokens = sum(t.labels.numel() for t in micro_batches) * world.size
-    ar = world.sum(torch.stack([t.has_ar.sum() for t in micro_batches]).sum())
-    return Counts(ar=ar.clamp(min=1), draft=torch.full_like(ar, tokens))
+    every token count once in expectation, so the draft's denominator is the number of tokens to be learnt in either
+    case."""
+    ar = [t.has_ar.sum() for t in micro_batches]
+    draft = [torch.ones_like(t.has_ar).sum() if t.learned is None else t.learned.sum() for t in micro_batches]
+    sums = world.sum(torch.stack([torch.stack(ar).sum(), torch.stack(draft).sum()])).clamp(min=1)
+    return Counts(ar=sums[0], draft=sums[1])
 
 
 def pairs(hidden: Tensor, halves: int) -> Tensor:

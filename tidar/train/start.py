@@ -107,6 +107,8 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
         tokenizer = config.tokenizer or world.first(lambda: _tokenizer(config))
         found = create_model(config.arch, tokenizer, seed=config.seed)
         found.hf.to(check_device(device))  # type: ignore[arg-type]
+    if config.data.chat_template:
+        found.tokenizer.chat_template = _template(config.data.chat_template)
     if config.objective == "tidar":
         _ = found.mask_id  # says what to do when there is none
         assert found.spec is not None
@@ -119,6 +121,13 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
                 "transition at 0 to keep it"
             )
     return found
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TidarError(f"cannot read the chat template {path} ({error}): name a Jinja file") from error
 
 
 def data(config: TrainConfig, model: CausalLM) -> tuple[Path, Path | None]:

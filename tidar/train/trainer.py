@@ -211,7 +211,8 @@ class Trainer:
         ranks = (~row[5:].isfinite()).nonzero().flatten().tolist()
         path = self.out / f"bad-batch-{step:08d}.pt"
         kept = {"step": step, "blocks": asdict(draw_blocks(self.config, step)), "values": row[:5], "ranks": ranks}
-        kept |= {n: torch.cat([getattr(b, n) for b in batches]) for n in ("tokens", "starts", "ends")}
+        parts = [name for name, part in batches[0]._asdict().items() if part is not None]
+        kept |= {name: torch.cat([getattr(batch, name) for batch in batches]) for name in parts}
 
         def stop() -> None:
             torch.save(kept, path)

@@ -62,11 +62,11 @@ class Validation:
                 sums.add_ar(inputs, ar)
                 if blocks is not None:
                     losses, best = _judged(stepper, rows[1], inputs, inputs.targets.before)
-                    sums.add_draft(losses)
+                    sums.add_draft(inputs, losses)
                     sums.on_text.add(inputs, best == ar_best, inputs.targets.has_ar.bool())
                     own = roll_out(stepper.model, batch, blocks, kind=stepper.masks, autocast=stepper.autocast)
                     _, best = _judged(stepper, rows[1], inputs, preceding(inputs, own.tokens))
-                    sums.on_own.add(inputs, best == own.tokens, own.own)
+                    sums.on_own.add(inputs, best == own.tokens, own.own & _learned(inputs))
             record.setdefault("bits_per_byte", sums.ar / math.log(2) / self.bytes)
             if k is not None:
                 record |= {f"draft_{k}": sums.draft}
@@ -99,6 +99,12 @@ def _judged(stepper: Stepper, rows: Tensor, inputs: Inputs, before: Tensor | Non
     return torch.cat(losses).view(labels.shape), torch.cat(best).view(labels.shape)
 
 
+def _learned(inputs: Inputs) -> Tensor:
+    """(B, S) bool, tokens that are to be predicted."""
+    learned = inputs.targets.learned
+    return torch.ones_like(inputs.targets.labels, dtype=torch.bool) if learned is None else learned.bool()
+
+
 class _Sums:
     """Totals over the sample for block length k."""
 
@@ -110,9 +116,10 @@ class _Sums:
     def add_ar(self, inputs: Inputs, losses: Tensor) -> None:
         self.ar += float(losses[inputs.targets.has_ar.bool()].double().sum())
 
-    def add_draft(self, losses: Tensor) -> None:
-        self._draft[0] += float(losses.double().sum())
-        self._draft[1] += losses.numel()
+    def add_draft(self, inputs: Inputs, losses: Tensor) -> None:
+        judged = losses[_learned(inputs)]
+        self._draft[0] += float(judged.double().sum())
+        self._draft[1] += judged.numel()
 
     @property
     def draft(self) -> float:
@@ -168,11 +175,16 @@ def leading_matches(match: Tensor, begins: Tensor, k: int) -> Tensor:
 
 
 def _predicted_bytes(batch: PackedBatch, model: CausalLM) -> int:
-    """UTF-8 bytes of the text that the AR half predicts: all but the first token of each document."""
+    """UTF-8 bytes of the text that the AR half predicts: of each document what is learnt, without its first token."""
     total = 0
-    for tokens, starts in zip(batch.tokens, batch.starts, strict=True):
-        first = starts.unique_consecutive().tolist()
-        for begin, end in zip(first, [*first[1:], len(tokens)], strict=True):
-            text = model.tokenizer.decode(tokens[begin + 1 : end].tolist(), skip_special_tokens=True)
-            total += len(text.encode())  # type: ignore[union-attr]
+    size = batch.tokens.shape[1]
+    predicted = torch.arange(size) > batch.starts
+    if batch.learned is not None:
+        predicted &= batch.learned
+    for tokens, starts, wanted in zip(batch.tokens, batch.starts, predicted, strict=True):
+        # A run of predicted tokens ends where the document or what is learnt of it does.
+        runs = (starts * 2 + wanted).unique_consecutive(return_counts=True)[1].tolist()
+        for part, one in zip(tokens.split(runs), wanted.split(runs), strict=True):
+            if one[0]:
+                total += len(model.tokenizer.decode(part.tolist(), skip_special_tokens=True).encode())  # type: ignore[union-attr]
     return max(1, total)
