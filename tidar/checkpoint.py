@@ -18,7 +18,14 @@ from typing import Any
 
 import safetensors.torch as safetensors
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 from transformers import logging as hf_logging
 from transformers.utils.hub import cached_file
 
@@ -30,7 +37,17 @@ from tidar.kernels.quantised import check_kind
 from tidar.model import KEY, TRANSITION, CausalLM, Spec
 from tidar.quantised import quantise_model
 
-__all__ = ["check_device", "create_model", "embedded_checkpoint", "load_model", "save_model", "write_folder"]
+__all__ = [
+    "check_device",
+    "create_model",
+    "embedded_checkpoint",
+    "fresh_config",
+    "load_model",
+    "load_tokenizer",
+    "read_config",
+    "save_model",
+    "write_folder",
+]
 
 
 TRANSITION_FILE = "transition.safetensors"
@@ -58,13 +75,10 @@ def load_model(
     """
     name = os.fspath(path)
     local = Path(name).exists()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise TidarError(f"no checkpoint at {name}: give a folder with config.json and *.safetensors, or a hub id")
     target = check_device(device)
     wanted = _dtype(dtype, target)
     kind = None if weights is None else check_kind(weights, target)
-    config = _guarded(name, local, lambda: AutoConfig.from_pretrained(name))
-    check_config(config)
+    config = read_config(name)
     if wanted == torch.float64:
         config._experts_implementation = "eager"  # the grouped kernels of mixture-of-experts layers know no fp64
     tokenizer = _guarded(name, local, lambda: AutoTokenizer.from_pretrained(name))
@@ -94,6 +108,21 @@ def load_model(
     return model
 
 
+def read_config(path: str | os.PathLike[str]) -> PretrainedConfig:
+    """The config.json of a local folder or a hub id.
+
+    Raises:
+        TidarError: missing or damaged, or of a model that is not supported.
+    """
+    name = os.fspath(path)
+    local = Path(name).exists()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise TidarError(f"no checkpoint at {name}: give a folder with config.json and *.safetensors, or a hub id")
+    config: PretrainedConfig = _guarded(name, local, lambda: AutoConfig.from_pretrained(name))
+    check_config(config)
+    return config
+
+
 def _what_fits(name: str, parameters: int, itemsize: int, device: torch.device) -> str:
     """What a model that was too large for ``device`` needs, and what there is."""
     free = torch.cuda.mem_get_info(device)[0]
@@ -117,29 +146,13 @@ def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, s
     Raises:
         TidarError: the tokenizer has no mask token.
     """
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3ForCausalLM
 
-    name = os.fspath(tokenizer_dir)
-    if not Path(name).is_dir():
-        raise TidarError(f"no tokenizer in {name}: prepare the corpus first (runs/corpus.py), or name another folder")
-    tokenizer = _guarded(name, True, lambda: AutoTokenizer.from_pretrained(name))
+    tokenizer = load_tokenizer(tokenizer_dir)
     if tokenizer.mask_token_id is None:
         raise TidarError(f"the tokenizer in {tokenizer_dir} has no mask token: add one (mask_token) and save it again")
-    config = Qwen3Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=arch.hidden_size,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        num_key_value_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        intermediate_size=arch.intermediate_size,
-        max_position_embeddings=arch.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = fresh_config(arch, len(tokenizer))
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config._attn_implementation = attention.NAME
     setattr(config, KEY, asdict(Spec(mask_token_id=tokenizer.mask_token_id)))
     state = torch.random.get_rng_state()
@@ -154,6 +167,36 @@ def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, s
     model = CausalLM(hf, tokenizer, "a fresh model")
     model.probe()
     return model
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder.
+
+    Raises:
+        TidarError: there is none.
+    """
+    name = os.fspath(folder)
+    if not Path(name).is_dir():
+        raise TidarError(f"no tokenizer in {name}: prepare the corpus first (runs/corpus.py), or name another folder")
+    tokenizer: PreTrainedTokenizerBase = _guarded(name, True, lambda: AutoTokenizer.from_pretrained(name))
+    return tokenizer
+
+
+def fresh_config(arch: Architecture, tokens: int) -> Qwen3Config:
+    """Of a fresh Qwen3 model for so many token ids; the embedding has a multiple of 64 rows."""
+    return Qwen3Config(
+        vocab_size=-(-tokens // 64) * 64,
+        hidden_size=arch.hidden_size,
+        num_hidden_layers=arch.layers,
+        num_attention_heads=arch.heads,
+        num_key_value_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        intermediate_size=arch.intermediate_size,
+        max_position_embeddings=arch.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
 
 
 def save_model(

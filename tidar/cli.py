@@ -23,7 +23,7 @@ from tidar.config import SamplingParams
 from tidar.errors import PeerError, TidarError
 from tidar.prompts import read_prompts
 from tidar.recipes import RECIPES, load_recipe
-from tidar.train.config import TrainConfig
+from tidar.train.config import Cluster, TrainConfig
 
 if TYPE_CHECKING:
     from tidar.api import Model
@@ -185,8 +185,16 @@ class TrainRun:
     """Go on from the newest whole checkpoint in `out`."""
     continue_from: Annotated[str, arg(metavar="FOLDER")] = ""
     """Go on from another run's checkpoint or final model: its weights, and its place in data and schedule."""
+    plan: bool = False
+    """Train nothing: print what the run needs on the cluster below."""
+    cluster: Flattened[Cluster] = field(default_factory=Cluster)
 
     def run(self) -> None:
+        if self.plan:
+            from tidar.train.plan import describe, plan
+
+            print(describe(self.config, self.cluster, plan(self.config, self.cluster)))
+            return
         from tidar.train.trainer import train
 
         result = train(self.config, resume=self.resume, continue_from=self.continue_from)

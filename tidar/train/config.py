@@ -9,7 +9,27 @@ from tidar.config import Architecture
 from tidar.data.config import DataConfig
 from tidar.errors import TidarError
 
-__all__ = ["TrainConfig"]
+__all__ = ["Cluster", "TrainConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The GPUs of a run that is planned."""
+
+    gpus: int = 1
+    """How many share the run."""
+    gpu_gib: float = 80.0
+    """Memory of one, in GiB."""
+    tflops: float = 790.0
+    """Its bf16 matrix products a second, in units of 10^12 operations; as measured on one NVIDIA H200."""
+    mfu: float | None = None
+    """Share of `tflops` that training reaches; by default as measured for the nearest widths."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.gpu_gib <= 0 or self.tflops <= 0:
+            raise TidarError("gpus, gpu_gib and tflops must be above 0")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise TidarError(f"mfu must lie in (0, 1], not {self.mfu}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,185 @@
+"""`tidar train RECIPE --plan` against models as they are and runs as they went."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_data import config
+
+from tidar import cli
+from tidar.checkpoint import embedded_checkpoint, load_model
+from tidar.config import Architecture
+from tidar.data.config import DataConfig
+from tidar.errors import TidarError
+from tidar.recipes import load_recipe
+from tidar.train import plan as module
+from tidar.train.config import Cluster, TrainConfig
+from tidar.train.plan import GIB, ROOM, describe, expected_mfu, memory, plan
+from tidar.train.sizes import sizes, work
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_oss", "qwen3_moe"])
+def test_parameters_are_counted_without_weights(
+    tmp_path: Path, converted: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(converted(family))
+    wanted = sum(weight.numel() for weight in model.parameters())
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    found = sizes(config(tmp_path, converted(family)))
+    assert found.total == wanted
+    assert found.layers == model.hf.config.num_hidden_layers and found.vocab == model.vocab_size
+    assert sum(count for _, count in found.attending) == found.layers
+    assert {window for window, _ in found.attending} == set(model.windows)
+    assert found.active < found.layer if family in ("qwen3_moe", "gpt_oss") else found.active == found.layer
+
+
+def test_a_transition_is_counted(tmp_path: Path) -> None:
+    reference = embedded_checkpoint()
+    wanted = sum(weight.numel() for weight in load_model(reference).parameters())
+    assert sizes(config(tmp_path, reference)).total == wanted
+
+
+def test_work_of_a_small_model_by_hand() -> None:
+    arch = Architecture(hidden_size=8, layers=2, heads=2, kv_heads=1, head_dim=4, intermediate_size=16)
+    plain = TrainConfig(data=DataConfig(sources=("x",)), arch=arch, vocab_size=64, seq_len=10, batch_tokens=640)
+    plain = replace(plain, block_sizes=(2, 4))
+    size = sizes(plain)
+    matrices = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    assert (size.layer - matrices, size.active) == (0, matrices)
+    products = 2 * (2 * matrices + 64 * 8)
+    causal, block = 4 * 8 * 5 * 2, 4 * 8 * 9 * 2  # 5 keys in the mean, and 4 of the block more; two layers
+    assert work(size, replace(plain, objective="ar")).training == 3 * (products + causal)
+    assert work(size, plain).training == 3 * (2 * products + causal + block)
+    assert work(size, plain).rollout == 0
+    assert work(size, replace(plain, draft_text="model")).rollout == 2 * products + causal + 4 * 8 * 7 * 2
+
+
+RUNS = {
+    "base": ("python-17m-ar", {}),
+    "tidar": ("python-17m", {}),
+    "rollout": ("python-17m-rollout", {}),
+    "control": ("python-17m-control", {"micro_batch": 64}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_runs_as_they_went(run: str) -> None:
+    """Memory within 15 %, speed within 25 % of what the reference checkpoint's runs recorded on one NVIDIA H200."""
+    recipe, changes = RUNS[run]
+    reference = str(embedded_checkpoint())
+    found = plan(load_recipe(recipe, {**changes, "model": reference, "tokenizer": ""}), Cluster(gpus=1))
+    lines = [json.loads(line) for line in (RESULTS / f"metrics_{run}.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "tokens_per_second" in line]
+    assert found.memory.total / GIB == pytest.approx(max(s["peak_memory_gib"] for s in steps), rel=0.15)
+    assert found.tokens_per_second == pytest.approx(statistics.median(s["tokens_per_second"] for s in steps), rel=0.25)
+
+
+def test_train_speed_as_it_was() -> None:
+    for line in map(json.loads, (RESULTS / "train_speed.jsonl").read_text().splitlines()):
+        rows = 65536 // line["seq_len"]
+        for objective in ("ar", "tidar"):
+            values: dict[str, Any] = {
+                "objective": objective,
+                "arch": Architecture(**line["shape"]),
+                "vocab_size": 8192,
+                "dtype": "bf16",
+                "seq_len": line["seq_len"],
+                "micro_batch": rows,
+                "batch_tokens": 131072,
+                "kl_weight": 0.5,
+            }
+            recipe = TrainConfig(data=DataConfig(sources=("x",)), **values)
+            found = memory(sizes(recipe), recipe, 1).total / GIB
+            assert found == pytest.approx(line[objective]["peak_memory_gib"], rel=0.15)
+
+
+def big(**changes: Any) -> TrainConfig:
+    arch = Architecture(
+        hidden_size=4096, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate_size=12288, max_positions=8192
+    )
+    values: dict[str, Any] = {
+        "arch": arch,
+        "vocab_size": 151936,
+        "seq_len": 4096,
+        "micro_batch": 8,
+        "batch_tokens": 2**21,
+        "dtype": "bf16",
+        "optimizer": "adamw",
+        **changes,
+    }
+    return TrainConfig(data=DataConfig(sources=("x",)), **values)
+
+
+@pytest.mark.parametrize(("gpus", "rows"), [(1, 1), (1, 8), (2, 1), (2, 8), (8, 8)])
+def test_the_remedy_is_one(gpus: int, rows: int) -> None:
+    recipe = big(micro_batch=rows)
+    cluster = Cluster(gpus=gpus)
+    found = plan(recipe, cluster)
+    said = describe(recipe, cluster, found)
+    assert found.memory.total > ROOM * 80 * GIB and "\ntoo large" in said
+    if "GPUs with" in said:
+        gpus = int(re.findall(r"(\d+) GPUs with", said)[0])
+    rows = int(re.findall(r"--micro-batch (\d+)", said)[0])
+    changed = replace(recipe, micro_batch=rows, activation_checkpointing="--activation-checkpointing" in said)
+    assert memory(sizes(recipe), changed, gpus).total <= ROOM * 80 * GIB
+    again = Cluster(gpus=gpus)
+    assert "too large" not in describe(changed, again, plan(changed, again))
+
+
+def test_memory_is_shared_and_recomputed() -> None:
+    size = sizes(big())
+    one, eight = memory(size, big(), 1), memory(size, big(), 8)
+    assert eight.optimizer == one.optimizer / 8 and eight.activations == one.activations
+    less = memory(size, big(activation_checkpointing=True), 8)
+    assert less.activations < eight.activations / 5 and less.logits == eight.logits
+    slow, fast = (plan(big(activation_checkpointing=on), Cluster(mfu=0.5)) for on in (True, False))
+    assert fast.tokens_per_second == pytest.approx(slow.tokens_per_second * 4 / 3)
+
+
+def test_mfu_between_and_beyond_measured_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEASURED", {400: 0.2, 1600: 0.4})
+    assert [round(expected_mfu(width), 6) for width in (100, 400, 800, 1600, 6400)] == [0.2, 0.2, 0.3, 0.4, 0.4]
+    assert "which is far from 4096: give --mfu" in describe(big(), Cluster(), plan(big(), Cluster()))
+    given = Cluster(mfu=0.5)
+    assert "50% (as given)" in describe(big(), given, plan(big(), given))
+
+
+def test_the_command_plans_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--gpus", "2", "--batch-tokens", "8192"]
+    assert cli.main(["train", "smoke", "--plan", *words]) == 0
+    out, err = capsys.readouterr()
+    assert "\nstep       8,192 clean tokens = 2 GPUs x 2 micro-batches x 16 rows x 128 tokens\n" in out
+    assert [line.split()[0] for line in out.splitlines()] == ["model", "step", "memory", "speed", "time"]
+    assert err == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "3"], "3 GPUs cannot share the 1 micro-batches of a step"),
+        (["--gpus", "0"], "gpus, gpu_gib and tflops must be above 0"),
+        (["--mfu", "1.5"], "mfu must lie in"),
+        (["--model", "./nowhere"], "no checkpoint at ./nowhere"),
+        (["--tokenizer", "nowhere"], "no tokenizer in nowhere"),
+    ],
+)
+def test_what_cannot_be_planned(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "smoke", "--plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_mfu_is_refused() -> None:
+    with pytest.raises(TidarError, match="mfu must lie in"):
+        Cluster(mfu=0)
