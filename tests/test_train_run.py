@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from train_data import config, records, same_weights, weights, write_text
 
 from tidar.checkpoint import load_model
 from tidar.config import Architecture
+from tidar.convert import convert
 from tidar.errors import TidarError
 from tidar.train import checkpoint
 from tidar.train.config import TrainConfig
@@ -260,11 +262,6 @@ def test_a_used_folder_is_not_mixed_up(whole: TrainConfig, changes: dict[str, An
 
 
 def test_what_cannot_be_trained_is_refused(root: Path, base: Path, tmp_path: Path) -> None:
-    import tiny
-
-    plain = tiny.save_plain("llama", tmp_path / "plain")
-    with pytest.raises(TidarError, match="tidar convert"):
-        train(config(root, plain, out=str(tmp_path / "a")))
     with pytest.raises(TidarError, match="no checkpoint|cannot"):
         train(config(root, tmp_path / "nowhere", out=str(tmp_path / "b")))
     with pytest.raises(TidarError, match="progress.json"):
@@ -272,7 +269,19 @@ def test_what_cannot_be_trained_is_refused(root: Path, base: Path, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(TidarError, match="--out|folder"):
         train(config(root, base, out=str(tmp_path / "file" / "run")))
-    assert train(config(root, plain, out=str(tmp_path / "d"), objective="ar", tokens=96)).step == 1
+
+
+def test_a_plain_checkpoint_is_converted_as_by_hand(root: Path, tmp_path: Path) -> None:
+    plain = tiny.save_plain("llama", tmp_path / "plain")
+    convert(plain, tmp_path / "converted")
+    by_hand = train(config(root, tmp_path / "converted", out=str(tmp_path / "a"), tokens=192))
+    itself = train(config(root, plain, out=str(tmp_path / "b"), tokens=192))
+    assert by_hand.model is not None and itself.model is not None
+    assert same_weights(by_hand.model, itself.model)
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (by_hand.model / name).read_text() == (itself.model / name).read_text()
+    as_ar = train(config(root, plain, out=str(tmp_path / "c"), objective="ar", tokens=96))
+    assert as_ar.model is not None and load_model(as_ar.model).spec is None
 
 
 @pytest.mark.parametrize(

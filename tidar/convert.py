@@ -11,17 +11,13 @@ from tidar.checkpoint import load_model, save_model
 from tidar.errors import TidarError
 from tidar.model import CausalLM, Spec
 
-__all__ = ["convert"]
+__all__ = ["add_mask", "convert"]
 
 MASK_TOKEN = "<|mask|>"
 
 
 def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> CausalLM:
     """Write a copy of ``source`` that has a mask token and a ``tidar`` key; its text stays the same.
-
-    A tokenizer's own mask token is kept. Otherwise the mask takes an unused row of the embedding where there is one
-    (Qwen has hundreds) and a new row where there is none; the row starts as the mean of the used ones. The mask is
-    written to ``suppress_tokens``, so that plain transformers never produces it either.
 
     Args:
         source: local folder or hub id of a supported family.
@@ -36,6 +32,17 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
     model = load_model(source, dtype="auto")
     if model.spec is not None:
         raise TidarError(f"{source} is converted already: train it with `tidar train`, or use it as it is")
+    save_model(add_mask(model), out)
+    return load_model(out, dtype="auto")
+
+
+def add_mask(model: CausalLM) -> CausalLM:
+    """``model``, which has no mask token, with one; its weights are the same objects.
+
+    A tokenizer's own mask token is kept. Otherwise the mask takes an unused row of the embedding where there is one
+    (Qwen has hundreds) and a new row where there is none; the row starts as the mean of the used ones. The mask is
+    written to ``suppress_tokens``, so that plain transformers never produces it either.
+    """
     tokenizer, hf = model.tokenizer, model.hf
     used, rows = len(tokenizer), model.embedding.shape[0]
     own = tokenizer.mask_token_id is not None
@@ -49,8 +56,9 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Caus
         table[rows:] = mean
         if not own:
             table[tokenizer.mask_token_id] = mean
-    fresh = CausalLM(hf, tokenizer, str(source))
+    fresh = CausalLM(hf, tokenizer, model.path)
+    fresh.windows = model.windows
     fresh.spec = Spec(mask_token_id=int(tokenizer.mask_token_id))
-    hf.generation_config.suppress_tokens = sorted({*fresh.suppressed, fresh.spec.mask_token_id})
-    save_model(fresh, out)
-    return load_model(out, dtype="auto")
+    fresh.suppressed = tuple(sorted({*fresh.suppressed, fresh.spec.mask_token_id}))
+    hf.generation_config.suppress_tokens = list(fresh.suppressed)
+    return fresh

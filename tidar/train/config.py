@@ -40,7 +40,8 @@ class TrainConfig:
     """Folder for checkpoints, metrics and the final model."""
 
     model: str = ""
-    """Converted checkpoint to start from; empty: fresh weights of `arch` for `tokenizer`."""
+    """Checkpoint to start from, folder or hub id; it is given a mask token if it has none. Empty: fresh weights of
+    `arch` for `tokenizer`."""
     arch: Architecture = field(default_factory=Architecture)
     """Shape of a fresh model."""
     tokenizer: str = ""

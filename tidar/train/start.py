@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tidar.checkpoint import check_device, create_model, load_model
+from tidar.convert import add_mask
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
 from tidar.data.prepare import prepare
@@ -103,6 +104,8 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
         found = load_model(folder, device=device, dtype="float32")
     elif config.model:
         found = load_model(config.model, device=device, dtype="float32")
+        if found.spec is None and config.objective == "tidar":
+            found = add_mask(found)
     else:
         tokenizer = config.tokenizer or world.first(lambda: _tokenizer(config))
         found = create_model(config.arch, tokenizer, seed=config.seed)
@@ -110,7 +113,6 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
     if config.data.chat_template:
         found.tokenizer.chat_template = _template(config.data.chat_template)
     if config.objective == "tidar":
-        _ = found.mask_id  # says what to do when there is none
         assert found.spec is not None
         found.spec = replace(found.spec, block_sizes=tuple(sorted(set(config.block_sizes))))
         if config.transition and found.transition is None:
