@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from tidar.checkpoint import fresh_config, load_tokenizer, read_config
 from tidar.model import KEY
 from tidar.train.config import TrainConfig
 
-__all__ = ["Sizes", "Work", "sizes", "work"]
+__all__ = ["Sizes", "Work", "sizes", "sizes_of", "work"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,14 @@ def sizes(config: TrainConfig) -> Sizes:
     Raises:
         TidarError: the model's config.json cannot be read.
     """
+    found = read_config(config.model) if config.model else fresh_config(config.arch, _token_ids(config))
+    return sizes_of(found, config.transition)
+
+
+def sizes_of(found: PretrainedConfig, transition: int = 0) -> Sizes:
+    """Of a model with the configuration ``found``, and a transition of a width if it has none of its own."""
     from transformers import AutoModelForCausalLM
 
-    found = read_config(config.model) if config.model else fresh_config(config.arch, _token_ids(config))
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(found, dtype=torch.float32)
     layers = hf.base_model.layers
@@ -78,12 +84,12 @@ def sizes(config: TrainConfig) -> Sizes:
     windows = [getattr(getattr(each, "self_attn", None), "sliding_window", everywhere) for each in layers]
     total = sum(w.numel() for w in hf.parameters())
     has = (getattr(found, KEY, None) or {}).get("transition", 0)
-    transition = (config.transition or has) * 3 * width
+    bent = (transition or has) * 3 * width
     return Sizes(
         layer=layer,
         layers=len(layers),
         tables=sum(tables.values()),
-        rest=total - layer * len(layers) - sum(tables.values()) + transition,
+        rest=total - layer * len(layers) - sum(tables.values()) + bent,
         width=width,
         vocab=int(head.weight.shape[0]),
         queries=head_dim * int(found.num_attention_heads),
