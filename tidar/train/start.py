@@ -9,6 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
+
+from tidar import adapter_files
+from tidar.adapters import AdapterSpec
 from tidar.checkpoint import check_device, create_model, load_model
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
@@ -107,6 +111,8 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
         tokenizer = config.tokenizer or world.first(lambda: _tokenizer(config))
         found = create_model(config.arch, tokenizer, seed=config.seed)
         found.hf.to(check_device(device))  # type: ignore[arg-type]
+    if config.adapter_rank or found.adapters is not None:
+        _adapt(found, config)
     if config.objective == "tidar":
         _ = found.mask_id  # says what to do when there is none
         assert found.spec is not None
@@ -119,6 +125,32 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
                 "transition at 0 to keep it"
             )
     return found
+
+
+def _adapt(model: CausalLM, config: TrainConfig) -> None:
+    """Adapters for a model that has none; either way only they are trained, and a transition."""
+    if model.adapters is None:
+        spec = AdapterSpec(
+            rank=config.adapter_rank,
+            alpha=config.adapter_alpha,
+            modules=config.adapter_modules,
+            base=model.path,
+            digest=adapter_files.digest(model.path),
+        )
+        # A mask begins as the base's own, or as its mean token where it has none.
+        used = range(min(len(model.tokenizer), len(model.embedding)))
+        like = torch.tensor([model.mask_id] if model.spec is not None else used, device=model.device)
+        model.add_adapters(spec).initialise(model.hf.get_input_embeddings(), like, config.seed)
+    assert model.adapters is not None
+    rank = model.adapters.spec.rank
+    if config.objective == "ar" or config.masking == "random":
+        raise TidarError(f"{model.path} are adapters, which act on masks: they need objective tidar and masking full")
+    if config.adapter_rank not in (0, rank):
+        raise TidarError(
+            f"the adapters in {model.path} have rank {rank}, not {config.adapter_rank}: leave adapter_rank at 0 to keep "
+            "it"
+        )
+    model.adapters.mask_embedding.requires_grad_(config.adapter_embedding)
 
 
 def data(config: TrainConfig, model: CausalLM) -> tuple[Path, Path | None]:
