@@ -1,11 +1,11 @@
 """Adapters of masks on disk: PEFT's two files for LoRA, under a type that PEFT does not know.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` have the keys and tensor names of PEFT's LoRA, but loaded as one
-they would act on every token. So ``peft_type`` is `TYPE`, which PEFT refuses, and one tensor, the masks' embedding, is none
-that LoRA has. The ``tidar`` key holds the `Spec`; a transition lies in the same file.
+``adapter_config.json`` and ``adapter_model.safetensors`` have the keys and tensor names of PEFT's LoRA, but loaded as
+one they would act on every token. So ``peft_type`` is `TYPE`, which PEFT refuses, and one tensor, the masks' embedding,
+is none that LoRA has. The ``tidar`` key holds the `Spec`; a transition lies in the same file.
 
-Adapters fit one base, to the bit, or the drafts would be poor without a word. So its weights' digest is kept and checked:
-all bytes of them, since a model tuned a little further differs in a few rows or in the last bits, which a sample would
+On another base their drafts would be poor without a word. So the digest of the base's weights is kept and checked: of
+all their bytes, since a model tuned a little further may differ in a few rows or in the last bits, which a sample would
 miss. It is of tensors, not of files: a copy may be cut into files elsewhere, but not be in another dtype.
 """
 
@@ -152,10 +152,10 @@ def digest(name: str | os.PathLike[str]) -> str:
             raise TidarError(f"{base} has no {file}: save it with save_pretrained, which writes safetensors")
         with safe_open(path, framework="pt") as tensors, ThreadPoolExecutor(THREADS) as threads:
             keys = list(tensors.keys())
-            parts += zip(keys, threads.map(lambda key: _digest(tensors.get_tensor(key)), keys), strict=True)  # noqa: B023
+            parts += zip(keys, threads.map(lambda key: _digest(tensors.get_tensor(key)), keys), strict=True)
     return hashlib.sha256("\n".join(f"{key} {part}" for key, part in sorted(parts)).encode()).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"

@@ -1,9 +1,9 @@
 """Low-rank adapters that act on masks alone, so that the text stays that of the base.
 
-The base is frozen. Beside its linear layers stand LoRA pairs (Hu et al. 2021): a layer's output gains ``scale · B A x``,
-but only in rows that the layout says are masks, as in gated LoRA (Samragh et al. 2025) and I-DLM. Clean rows never see a
-mask, so all they are computed from is the base; a forward without masks runs nothing but the base's own code. The masks'
-embedding is the adapters' too: a base needs no spare row of its vocabulary, and no token has to be forbidden.
+The base is frozen. Beside its linear layers stand LoRA pairs (Hu et al. 2021): a layer's output gains ``scale · BAx``,
+but only in rows that the layout says are masks, as in gated LoRA (Samragh et al. 2025) and I-DLM. Clean rows never see
+a mask, so all they are computed from is the base; a forward without masks runs nothing but the base's own code. The
+masks' embedding is the adapters' too: a base needs no spare row of its vocabulary, and no token has to be forbidden.
 
 They are attached from outside, by hooks on the modules: neither modelling code nor the names of weights change.
 
@@ -93,9 +93,9 @@ class MaskAdapters(nn.Module):
             for name, part in hf.named_modules()
             if isinstance(part, nn.Linear | QuantisedLinear) and name.startswith(layers)
         }
-        there = {name.rpartition(".")[2] for name in linear}
-        if absent := set(spec.modules) - there:
-            raise TidarError(f"there is no linear layer {min(absent)} to adapt: choose among {', '.join(sorted(there))}")
+        there = sorted({name.rpartition(".")[2] for name in linear})
+        if absent := set(spec.modules) - set(there):
+            raise TidarError(f"there is no linear layer {min(absent)} to adapt: choose among {', '.join(there)}")
         self.spec = replace(spec, modules=tuple(sorted(spec.modules or there)))
         hf.requires_grad_(False)
         for name, part in linear.items():
@@ -124,12 +124,11 @@ class MaskAdapters(nn.Module):
 
     @torch.no_grad()
     def initialise(self, table: nn.Module, like: Tensor, seed: int) -> None:
-        """Weights that change nothing yet, drawn from ``seed``: a mask is what the base's mask token, or its mean token,
-        would be.
+        """Weights that change nothing yet, drawn from ``seed``; a mask begins as the mean of some tokens.
 
         Args:
             table: the base's embedding module, whose output may be scaled.
-            like: (n,) ids of the tokens to take the mean of.
+            like: (n,) ids of these.
             seed: of the draw.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -137,7 +136,7 @@ class MaskAdapters(nn.Module):
             weight = pair.lora_A.weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * pair.lora_A.in_features**-0.5)
             pair.lora_B.weight.zero_()
-        total = torch.stack([table(ids).double().sum(0) for ids in like.split(4096)]).sum(0)
+        total = torch.stack([table(ids).double().sum(0) for ids in torch.split(like, 4096)]).sum(0)
         self.mask_embedding.copy_(total / len(like))
 
     def _adapt(self, part: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:

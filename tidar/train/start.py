@@ -147,8 +147,8 @@ def _adapt(model: CausalLM, config: TrainConfig) -> None:
         raise TidarError(f"{model.path} are adapters, which act on masks: they need objective tidar and masking full")
     if config.adapter_rank not in (0, rank):
         raise TidarError(
-            f"the adapters in {model.path} have rank {rank}, not {config.adapter_rank}: leave adapter_rank at 0 to keep "
-            "it"
+            f"the adapters in {model.path} have rank {rank}, not {config.adapter_rank}: leave adapter_rank at 0 to "
+            "keep it"
         )
     model.adapters.mask_embedding.requires_grad_(config.adapter_embedding)
 
