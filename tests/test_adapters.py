@@ -1,4 +1,4 @@
-"""Adapters of masks: what the text is made of stays the base's, to the bit; what masks are made of is base and pairs."""
+"""Adapters of masks: clean rows are the base's to the bit, masks are made of the base and its pairs."""
 
 from __future__ import annotations
 
