@@ -14,10 +14,13 @@ from test_lean import KERNELS, general
 from torch import Tensor
 
 from tidar.api import Model
+from tidar.bench import step as bench
+from tidar.bench.floors import Rates, floor
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy, Shape
+from tidar.errors import TidarError
 from tidar.fast import ops
 from tidar.fast.adapted import Masks
 from tidar.fast.decoder import FastDecoder
@@ -25,6 +28,7 @@ from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES, LeanModel
 from tidar.fast.step import Flags, Step
+from tidar.model import Spec
 
 GREEDY = Flags(sampling=False, filtering=False, penalty=False)
 Plain = Callable[[str], Path]
@@ -128,6 +132,28 @@ def test_layers_with_kernels(deterministic: bool, plain: Plain) -> None:  # noqa
         results.append((hidden.x.cpu(), logits.cpu()))
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_bench_counts_them(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Their bytes and operations, in steps with masks; and random ones can be asked for."""
+    base, core = (load_model(plain("qwen3"), dtype="float32") for _ in range(2))
+    core.spec = base.spec = Spec(mask_token_id=0)
+    bench.add_adapters(core, 5)
+    assert core.adapters is not None and all(bool(w.any()) for w in core.adapters.parameters())
+    count = sum(w.numel() for w in core.adapters.parameters())
+    rate = Rates(bandwidth=4e12, matmul=8e14)
+    for shape, masks in ((Shape(4, (1, 2, 3), 4), 12), (Shape(4, (), 4), 0)):
+        one, other = (floor(Engine(each, plain=True).network.lean, shape, 2, 10, rate) for each in (core, base))
+        assert one.bytes - other.bytes == 4 * count * (masks > 0) and one.flops - other.flops == 2 * count * 2 * masks
+    with pytest.raises(TidarError, match="has adapters of its own: leave out --adapter-rank"):
+        bench.add_adapters(core, 5)
+
+    monkeypatch.setattr(bench, "obstacle", lambda _: None)
+    monkeypatch.setattr(bench, "Engine", lambda core, **options: Engine(core, plain=True, **options))
+    monkeypatch.setattr(bench, "rates", lambda _: rate)
+    monkeypatch.setattr(bench, "interleaved", lambda calls, **_: [call() or 1e-3 for call in calls])
+    lines = [bench.run(each, draft_lens=(2,), prefixes=(8,), rows=(1,)) for each in (core, base)]
+    assert [line[-1]["adapter_rank"] for line in lines] == [5, 0]
 
 
 def test_their_steps_have_times_of_their_own(plain: Plain) -> None:  # noqa: F811
