@@ -86,7 +86,6 @@ class MaskAdapters(nn.Module):
     def __init__(self, hf: Any, spec: AdapterSpec) -> None:
         super().__init__()
         self._first: int | None = None  # query from which on there are masks; None: nowhere
-        self._pairs: dict[nn.Module, LowRank] = {}
         layers = f"{hf.base_model_prefix}.layers."
         linear = {
             name: part
@@ -101,8 +100,11 @@ class MaskAdapters(nn.Module):
         for name, part in linear.items():
             if name.rpartition(".")[2] in self.spec.modules:
                 features, depth = part.weight.shape
-                self._pairs[part] = LowRank(depth, features, spec)
-                _put(self, name, self._pairs[part])
+                pair = LowRank(depth, features, spec)
+                _put(self, name, pair)
+                # Past nn.Module, which would make it the layer's child and its weights the base's. Not in a table here:
+                # code compiled for one layer could not serve the next.
+                part.__dict__["mask_pair"] = pair
                 part.register_forward_hook(self._adapt)
         table = hf.get_input_embeddings()
         self.mask_embedding = nn.Parameter(torch.empty(table.weight.shape[1]))
@@ -120,7 +122,7 @@ class MaskAdapters(nn.Module):
 
     def beside(self, part: nn.Module) -> LowRank | None:
         """The pair of a linear layer, if it has one."""
-        return self._pairs.get(part)
+        return part.__dict__.get("mask_pair")
 
     @torch.no_grad()
     def initialise(self, table: nn.Module, like: Tensor, seed: int) -> None:
@@ -132,10 +134,11 @@ class MaskAdapters(nn.Module):
             seed: of the draw.
         """
         generator = torch.Generator().manual_seed(seed)
-        for pair in self._pairs.values():
-            weight = pair.lora_A.weight
-            weight.copy_(torch.randn(weight.shape, generator=generator) * pair.lora_A.in_features**-0.5)
-            pair.lora_B.weight.zero_()
+        for pair in self.modules():
+            if isinstance(pair, LowRank):
+                weight = pair.lora_A.weight
+                weight.copy_(torch.randn(weight.shape, generator=generator) * pair.lora_A.in_features**-0.5)
+                pair.lora_B.weight.zero_()
         total = torch.stack([table(ids).double().sum(0) for ids in torch.split(like, 4096)]).sum(0)
         self.mask_embedding.copy_(total / len(like))
 
@@ -143,7 +146,8 @@ class MaskAdapters(nn.Module):
         if self._first is not None:
             assert out.dim() == 3, "rows of a batch were flattened before this layer"
             # In place: clean rows are not even copied.
-            out[:, self._first :] += self._pairs[part](inputs[0][:, self._first :])
+            pair: Any = part.mask_pair
+            out[:, self._first :] += pair(inputs[0][:, self._first :])
 
     def _embed(self, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
         if self._first is not None:
