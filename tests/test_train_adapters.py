@@ -105,7 +105,7 @@ def test_a_run_goes_on_from_adapters(base: Path, tmp_path: Path) -> None:
     assert weights(first).keys() == weights(again).keys()
     back = load_model(again)
     assert back.adapters is not None and back.adapters.spec.base == str(base)
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         "have rank 4, not 8: leave adapter_rank at 0 to keep it": {"adapter_rank": 8},
         "are adapters, which act on masks": {"adapter_rank": 0, "objective": "ar"},
     }

@@ -93,6 +93,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "kl_weight": 0.75,
             "alpha": 0.0,
             "adapter_rank": 64,
+            "lr": 1e-2,
+            "min_lr": 1e-4,
         },
         # Goes on from the first: drafts learn what the model itself would write, each knowing the one before.
         "python-17m-rollout": {
