@@ -197,7 +197,9 @@ class CausalLM:
         """Adapters on the model's device, their weights not set; all other weights are frozen."""
         if self.spec is None:
             self.spec = Spec(mask_token_id=0)  # of any token: masks have the adapters' embedding
-        self.adapters = MaskAdapters(self.hf, spec).to(self.device, self.dtype).eval()
+        with torch.device("meta"):
+            made = MaskAdapters(self.hf, spec)
+        self.adapters = made.to(self.dtype).to_empty(device=self.device).eval()
         return self.adapters
 
     def parameters(self) -> Iterator[nn.Parameter]:
