@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The reference checkpoint, from this machine's Python packages to a trained TiDAR and its AR control, on one GPU.
 #
-#     runs/train_reference.sh WORKDIR [STAGE ...]      stages: corpus base tidar rollout control (all by default)
+#     runs/train_reference.sh WORKDIR [STAGE ...]      stages: corpus base tidar rollout control (all by default), adapters
 #
 # WORKDIR receives corpus/ and run/NAME/{model,metrics.jsonl,checkpoints}. A stage that was cut off goes on where it
 # stopped when it is called again.
@@ -26,6 +26,7 @@ for stage in "${@:-corpus base tidar rollout control}"; do
             tidar) train python-17m ;;
             rollout) train python-17m-rollout ;;
             control) train python-17m-control ;;
+            adapters) train python-17m-adapters ;;
             *) echo "unknown stage $one" >&2; exit 2 ;;
         esac
     done

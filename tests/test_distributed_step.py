@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from train_data import config, pack
 
 from tidar.checkpoint import load_model
-from tidar.train import parallel
+from tidar.train import parallel, start
 from tidar.train.muon import SharedMuon
 from tidar.train.step import Stepper
 from tidar.train.world import ALONE, World, join
@@ -35,9 +35,7 @@ ROWS = [[24], [1] * 20 + [4], [12, 12], [3, 21]]
 def stepped(folder: Path, world: World, compiled: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Values of two steps, and the weights after them, on rank 0."""
     plan = config(folder, folder, micro_batch=1, batch_tokens=96, block_sizes=(4,), clip=0.5, **changes)
-    model = load_model(folder)
-    if plan.transition:
-        model.add_transition(plan.transition).initialise(0)
+    model = start.model(plan, None, world)
     if compiled:  # as on a GPU, but without a code generator
         for layer in model.hf.base_model.layers:  # type: ignore[union-attr]
             layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
@@ -63,6 +61,8 @@ def several(ranks: int, task: str, *words: object) -> None:
 ROLLOUT: dict[str, Any] = {"draft_text": "model", "kl_weight": 0.5, "random_phase": False}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"transition": 8, "kl_weight": 0.5},
+    "qwen2": {"transition": 8, "adapter_rank": 4, "alpha": 0.0},
+    "phi3": {"adapter_rank": 4, "activation_checkpointing": True},
     "gpt_neox": {"transition": 8, "activation_checkpointing": True},  # head and embedding are not tied
 }
 

@@ -16,7 +16,7 @@ from tidar.api import Model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/how-it-works.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/how-it-works.md", "docs/adapters.md"]
 
 
 def blocks(language: str) -> list[str]:

@@ -96,7 +96,11 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("nothing", {}, "use one of smoke, python-17m-ar, python-17m, python-17m-rollout, python-17m-control"),
+        (
+            "nothing",
+            {},
+            "use one of smoke, python-17m-ar, python-17m, python-17m-adapters, python-17m-rollout, python-17m-control",
+        ),
         ("missing.toml", {}, "cannot read missing.toml"),
         ("smoke", {"arch.depth": 3}, "unknown field 'depth'"),
         ("smoke", {"tokens.x": 3}, "tokens must be int"),

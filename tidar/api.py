@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
-from tidar import checkpoint
+from tidar import adapter_files, checkpoint
 from tidar.config import SamplingParams
 from tidar.decode import generation, planner
 from tidar.decode.ar import ArDecoder
@@ -200,11 +200,13 @@ def load(
     fast: bool | None = None,
     deterministic: bool = False,
     weights: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a checkpoint.
 
     Args:
-        path_or_hub_id: local folder or hub id; the reference checkpoint that ships with the package by default.
+        path_or_hub_id: local folder or hub id; by default the adapter's base, or the reference checkpoint that ships
+            with the package. A folder of adapters brings the base that it names.
         device: ``cuda`` where there is one, else ``cpu``.
         dtype: float32 on CPU and the checkpoint's own elsewhere by default.
         fast: decode with captured steps (`tidar.fast`), or never; by default where it is possible. The tokens are the
@@ -213,16 +215,19 @@ def load(
             some cost in speed (docs/benchmarks.md). Takes the fast path.
         weights: ``int8``, or on a GPU ``fp8``, to hold projections and head in one byte a number: less memory and
             other text, which is still the same for all methods (docs/fast-step.md). By default in ``dtype``.
+        adapter: folder of adapters for masks (docs/adapters.md), which change no text; on any copy of their base.
 
     Raises:
         TidarError: missing, damaged or unsupported checkpoint; device, dtype or weights not available; no fast path
-            though one was asked for.
+            though one was asked for; adapters of another base.
     """
     import torch
 
-    path = checkpoint.embedded_checkpoint() if path_or_hub_id is None else path_or_hub_id
+    path = path_or_hub_id
+    if path is None:
+        path = checkpoint.embedded_checkpoint() if adapter is None else adapter_files.base_of(adapter)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    core = checkpoint.load_model(path, device=chosen, dtype=dtype, weights=weights)
+    core = checkpoint.load_model(path, device=chosen, dtype=dtype, weights=weights, adapter=adapter)
     return Model(core, fast=fast, deterministic=deterministic)
 
 

@@ -29,7 +29,7 @@ from transformers import (
 from transformers import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from tidar import attention
+from tidar import adapter_files, attention
 from tidar.config import Architecture
 from tidar.errors import TidarError
 from tidar.families import check_config
@@ -59,21 +59,30 @@ def embedded_checkpoint() -> Path:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, device: str = "cpu", dtype: str | None = None, weights: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    weights: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> CausalLM:
     """Load a local folder or a hub id.
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id; a folder of adapters brings the base that it names.
         device: ``cpu``, ``cuda``, ``cuda:1`` …
         dtype: ``float32``, ``bfloat16``, ``float64``, ``float16``, or ``auto`` for the checkpoint's own. By default
             float32 on CPU (bf16 rounding makes ties, and ties break exactness) and ``auto`` elsewhere.
         weights: ``int8`` or ``fp8`` to hold projections and head so (`tidar.quantised`); in ``dtype`` by default.
+        adapter: folder of adapters (`tidar.adapters`) for masks on top of this base.
 
     Raises:
-        TidarError: missing, damaged or unsupported checkpoint; device, dtype or weights not available.
+        TidarError: missing, damaged or unsupported checkpoint; device, dtype or weights not available; adapters of
+            another base.
     """
     name = os.fspath(path)
+    if adapter is None and adapter_files.found(name):
+        name, adapter = adapter_files.base_of(name), name
     local = Path(name).exists()
     target = check_device(device)
     wanted = _dtype(dtype, target)
@@ -105,6 +114,8 @@ def load_model(
     if model.spec is not None and model.spec.transition:
         _guarded(name, local, lambda: _load_transition(model, name))
     model.probe()
+    if adapter is not None:
+        adapter_files.attach(model, adapter)
     return model
 
 
@@ -206,7 +217,7 @@ def save_model(
     dtype: str | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a plain Hugging Face folder, whole or not at all.
+    """Write a plain Hugging Face folder, or one of adapters if the model has them, whole or not at all.
 
     Args:
         model: what to save; its spec becomes the ``tidar`` key of config.json.
@@ -221,15 +232,17 @@ def save_model(
         raise TidarError(f"{model.weights} weights are for decoding: load the checkpoint without them to save it")
 
     def fill(folder: Path) -> None:
-        kept = None if model.spec is None else asdict(model.spec)
-        if kept is not None:
-            setattr(model.hf.config, KEY, kept)
         wanted = None if dtype is None else _dtype(dtype, torch.device("cpu"))
         state = {n: p.detach() for n, p in (model.state_dict() if weights is None else weights).items()}
         if wanted is not None:
             # Tied weights stay one tensor, or they would be written twice.
             cast: dict[int, torch.Tensor] = {}
             state = {n: cast.setdefault(p.data_ptr(), p.to(wanted)) for n, p in state.items()}
+        if model.adapters is not None:
+            adapter_files.write(model, folder, state)
+            return
+        if model.spec is not None:
+            setattr(model.hf.config, KEY, asdict(model.spec))
         prefix = f"{TRANSITION}."
         transition = {n.removeprefix(prefix): state.pop(n).cpu() for n in list(state) if n.startswith(prefix)}
         with _quiet():

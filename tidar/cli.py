@@ -48,7 +48,9 @@ class Checkpoint:
     """Which model, and where it runs."""
 
     model: Annotated[str | None, arg(metavar="FOLDER|HUB-ID")] = None
-    """Checkpoint; by default the one that comes with the package."""
+    """Checkpoint; by default the adapter's base, or the one that comes with the package."""
+    adapter: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Adapters that draft on top of the checkpoint, whose text they leave as it is."""
     device: Annotated[str | None, arg(metavar="cpu|cuda")] = None
     """By default cuda where there is one, else cpu."""
     dtype: Annotated[str | None, arg(metavar="float32|bfloat16|float16|float64")] = None
@@ -66,7 +68,7 @@ class Checkpoint:
         _quiet()
         fast = False if self.plain else None
         kind: dict[str, Any] = {"fast": fast, "deterministic": self.deterministic, "weights": self.weights}
-        return load(self.model, device=self.device, dtype=self.dtype, **kind)
+        return load(self.model, device=self.device, dtype=self.dtype, adapter=self.adapter, **kind)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ through them; modelling code is untouched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidar import layout, mask
+from tidar.adapters import AdapterSpec, MaskAdapters
 from tidar.cache import SlotCache
 from tidar.errors import TidarError
 from tidar.families import logits_transform, position_limit
@@ -24,10 +26,10 @@ from tidar.layout import Layout
 from tidar.quantised import QuantisedLinear
 from tidar.transition import Transition
 
-__all__ = ["KEY", "TRANSITION", "CausalLM", "Spec"]
+__all__ = ["ADAPTERS", "KEY", "TRANSITION", "CausalLM", "Spec"]
 
 KEY = "tidar"
-TRANSITION = "transition"  # prefix of its weights
+TRANSITION, ADAPTERS = "transition", "adapters"  # prefixes of their weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class CausalLM:
         tokenizer: its tokenizer.
         spec: what conversion recorded; None for a plain checkpoint, which decodes autoregressively only.
         transition: how drafts lean on the token before them, if they do.
+        adapters: what masks are computed with beside the model's weights, which are frozen then.
         path: where it came from.
         vocab_size: width of the logits.
         eos_ids: tokens that end a text.
@@ -78,6 +81,7 @@ class CausalLM:
         self.suppressed = tuple(sorted(spare))
         self.windows: tuple[int | None, ...] = (None,)
         self.transition: Transition | None = None
+        self.adapters: MaskAdapters | None = None
         self.weights: Kind | None = None
         self._transform = logits_transform(hf.config)
         self._backbone: Callable[..., Any] = hf.base_model
@@ -129,7 +133,13 @@ class CausalLM:
         if self.hard_limit:
             # Drafts and masks past the end may stand anywhere; their positions must not switch the frequencies.
             positions = positions.clamp(max=self.max_positions - 1)
-        return self.backbone(tokens, positions, mask.render(layout, self.windows, kind), cache)
+        with self.masked(layout):
+            return self.backbone(tokens, positions, mask.render(layout, self.windows, kind), cache)
+
+    def masked(self, layout: Layout) -> AbstractContextManager[None]:
+        """While it lasts, masks of ``layout`` meet the adapters. `hidden` does so itself; a backward that computes
+        activations again needs it too."""
+        return nullcontext() if self.adapters is None else self.adapters.over(layout)
 
     def backbone(self, tokens: Tensor, positions: Tensor, masks: mask.Masks, cache: SlotCache | None = None) -> Tensor:
         # Compiled for training's one shape; a decoder's shapes change with every forward.
@@ -183,22 +193,35 @@ class CausalLM:
         self.transition = made.to(self.dtype).to_empty(device=self.device).eval()
         return self.transition
 
+    def add_adapters(self, spec: AdapterSpec) -> MaskAdapters:
+        """Adapters on the model's device, their weights not set; all other weights are frozen."""
+        if self.spec is None:
+            self.spec = Spec(mask_token_id=0)  # of any token: masks have the adapters' embedding
+        with torch.device("meta"):
+            made = MaskAdapters(self.hf, spec)
+        self.adapters = made.to(self.dtype).to_empty(device=self.device).eval()
+        return self.adapters
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All weights, the transition's last."""
+        """All weights, the transition's and the adapters' last."""
         yield from (weight for _, weight in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All weights and their names, the transition's last and with a prefix; tied ones once."""
+        """All weights and their names, the transition's and the adapters' last and with a prefix; tied ones once."""
         yield from self.hf.named_parameters()
         if self.transition is not None:
             yield from self.transition.named_parameters(TRANSITION)
+        if self.adapters is not None:
+            yield from self.adapters.named_parameters(ADAPTERS)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights and buffers that a checkpoint holds, not detached, named as in `named_parameters`; tied ones
-        under each of their names."""
-        found = dict(self.hf.state_dict(keep_vars=True))
+        under each of their names. Adapters lie beside their base, which is left out."""
+        found = {} if self.adapters is not None else dict(self.hf.state_dict(keep_vars=True))
         if self.transition is not None:
             found |= self.transition.state_dict(keep_vars=True, prefix=f"{TRANSITION}.")
+        if self.adapters is not None:
+            found |= self.adapters.state_dict(keep_vars=True, prefix=f"{ADAPTERS}.")
         return found
 
     def run_by(self, backbone: Callable[..., Any]) -> None:

@@ -85,7 +85,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
         },
-        # Goes on from it: drafts learn what the model itself would write, each knowing the one before.
+        # The same, but the base is frozen, and masks alone have adapters.
+        "python-17m-adapters": {
+            **_FROM_BASE,
+            "out": "run/python-17m-adapters",
+            "block_sizes": (4, 8, 16, 16, 16),
+            "kl_weight": 0.75,
+            "alpha": 0.0,
+            "adapter_rank": 64,
+            "lr": 1e-2,
+            "min_lr": 1e-4,
+        },
+        # Goes on from the first: drafts learn what the model itself would write, each knowing the one before.
         "python-17m-rollout": {
             **_FROM_BASE,
             "out": "run/python-17m-rollout",

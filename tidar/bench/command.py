@@ -26,6 +26,8 @@ class BenchStep:
     """Of the weights."""
     weights: Annotated[str | None, arg(metavar="int8|fp8")] = None
     """Hold projections and head in one byte a number, whatever `dtype`."""
+    adapter_rank: int = 0
+    """With random adapters of masks of this rank, beside every linear layer."""
     draft_len: tuple[int, ...] = (16,)
     """Drafts a step."""
     prefix: tuple[int, ...] = (1024,)
@@ -45,6 +47,8 @@ class BenchStep:
         from tidar.bench import parts, report, step
 
         core = step.model_of(self.model, self.size, self.layers, self.dtype, self.weights)
+        if self.adapter_rank:
+            step.add_adapters(core, self.adapter_rank)
         if self.parts:
             report.parts(parts.run(core, prefixes=self.prefix), self.record)
             return

@@ -62,7 +62,8 @@ def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) ->
 
     The head computes the rows that are read: K drafts, and the M - 1 masks of the chosen proposal.
     """
-    layers, width, number = lean.layers, lean.embedding.shape[1], lean.embedding.element_size()
+    core, layers = lean.core, lean.layers
+    width, number = lean.embedding.shape[1], lean.embedding.element_size()
     products = [w for layer in layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     weights, head = sum(w.numel() for w in products), lean.head.numel()
     held = sum(w.nbytes for w in [*products, lean.head])  # quantised ones with their scales
@@ -74,6 +75,9 @@ def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) ->
     attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * (k + p * m) + own)
     moved = held + number * queries * width + token * rows * (prefix + k)
     flops = 2.0 * weights * queries + 2.0 * head * read + attention
+    if core.adapters is not None and p:
+        pairs = sum(part.numel() for part in core.adapters.parameters())
+        moved, flops = moved + number * pairs, flops + 2.0 * pairs * rows * p * m
     by_memory, by_compute = moved / rate.bandwidth, flops / rate.matmul
     bound = "memory" if by_memory >= by_compute else "compute"
     return Floor(moved, flops, max(by_memory, by_compute), bound)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tidar.adapters import AdapterSpec
 from tidar.bench.floors import floor, interleaved, rates
 from tidar.bench.shapes import random_model
 from tidar.checkpoint import embedded_checkpoint, load_model
@@ -26,7 +27,7 @@ from tidar.fast.step import Flags
 from tidar.layout import all_proposals
 from tidar.model import CausalLM
 
-__all__ = ["at_rest", "model_of", "run", "step_shapes"]
+__all__ = ["add_adapters", "at_rest", "model_of", "run", "step_shapes"]
 
 ROUNDS, REPEAT = 15, 5
 
@@ -69,6 +70,19 @@ def model_of(
     return load_model(path, device="cuda", dtype=dtype, weights=weights)
 
 
+@torch.no_grad()
+def add_adapters(core: CausalLM, rank: int) -> None:
+    """Random adapters of masks; zeros would be quicker.
+
+    Raises:
+        TidarError: the model has adapters.
+    """
+    if core.adapters is not None:
+        raise TidarError(f"{core.path} has adapters of its own: leave out --adapter-rank")
+    for weight in core.add_adapters(AdapterSpec(rank=rank, alpha=rank)).parameters():
+        weight.normal_(std=0.02)
+
+
 @torch.inference_mode()
 def run(
     core: CausalLM,
@@ -105,6 +119,7 @@ def run(
                         "model": Path(core.path).name,
                         "dtype": str(core.dtype).removeprefix("torch."),
                         "weights": core.weights,
+                        "adapter_rank": core.adapters.spec.rank if core.adapters else 0,
                         "step": name,
                         "draft_len": draft_len,
                         "queries": shape.queries,

@@ -40,6 +40,9 @@ class Latency:
         sizes = {k: v for k, v in sorted(config.items()) if isinstance(v, int | bool)}
         gpu = torch.cuda.get_device_name(core.device) if core.device.type == "cuda" else platform.processor()
         identity = [gpu, config["model_type"], sizes, str(core.dtype), core.weights, versions()]
+        if core.adapters is not None:
+            spec = core.adapters.spec
+            identity.append([spec.rank, *spec.modules])
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.path = folder() / f"latency-{name}.json"
         self._identity = identity

@@ -3,7 +3,7 @@
 Query, key and value projections are one product, gate and up another, and norms, activations and residuals belong to
 the products beside them (`tidar.kernels.products`). The fused weights take the place of the model's own, which become
 views of them: nothing is held twice, and the general path gives the same result as before. Quantised ones
-(`tidar.quantised`) stay so.
+(`tidar.quantised`) stay so. Adapters (`tidar.fast.adapted`) add to the rows of masks, behind the base's products.
 
 Legend: N query rows, D width of the hidden state, A heads (queries, keys, values), H head width, F of the MLP, V
 vocabulary, W width of the transition.
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
+from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
 from tidar.kernels.quantised import Quantised, Weight, joined
 from tidar.kernels.reference_products import Ready
@@ -94,7 +95,7 @@ class LeanModel:
     Attributes:
         core: the model.
         deterministic: as given.
-        layers: its layers' weights.
+        layers, adapted: its layers' weights and adapters.
         heads, kv_heads, head_dim: Hq, Hk, H.
         scale: factor on attention scores.
         eps: of the norms.
@@ -121,6 +122,7 @@ class LeanModel:
         common = config.sliding_window if config.model_type == "mistral" else None
         windows = [getattr(a, "sliding_window", common) for a in attentions]
         self.layers = [_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)]
+        self.adapted = [Adapted.of(core.adapters, layer) for layer in body.layers]
         self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.norm: Tensor = body.norm.weight.detach()
         self.head = _weight(hf.get_output_embeddings())
@@ -148,15 +150,17 @@ class LeanModel:
         brought = linear(table, made.token.weight.to(wide))
         return made.state.weight.detach(), brought.to(self.embedding.dtype), mix.to(self.embedding.dtype)
 
-    def __call__(self, x: Tensor, attend: Attend) -> Hidden:
-        """Last hidden states of embeddings ``x`` (N, D), which are overwritten."""
+    def __call__(self, x: Tensor, attend: Attend, masks: Masks = NOWHERE) -> Hidden:
+        """Last hidden states of embeddings ``x`` (N, D), which are overwritten; adapters act on ``masks``."""
         ready = None
         for number in range(len(self.layers)):
-            ready = self.attention(x, ready, number, attend)
-            ready = self.mlp(x, ready, number)
+            ready = self.attention(x, ready, number, attend, masks)
+            ready = self.mlp(x, ready, number, masks)
         return Hidden(x, ready)
 
-    def attention(self, x: Tensor, ready: Ready | None, number: int, attend: Attend) -> Ready | None:
+    def attention(
+        self, x: Tensor, ready: Ready | None, number: int, attend: Attend, masks: Masks = NOWHERE
+    ) -> Ready | None:
         """The first half of layer ``number``, added to ``x`` (N, D).
 
         Args:
@@ -164,25 +168,44 @@ class LeanModel:
             ready: what its making left for the norm of this half.
             number: of the layer.
             attend: what its heads attend to.
+            masks: rows that adapters act on.
 
         Returns:
             The same for the half behind.
         """
-        layer = self.layers[number]
+        layer, pairs = self.layers[number], self.adapted[number] if masks.queries else NONE
         tiles = self._cut(layer.qkv, x, len(x))
         heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles, ready=ready)
+        if pairs.qkv is not None:
+            pairs.qkv.add(heads, self._normed(x, layer.norm, masks), masks)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
+        if pairs.out is not None:
+            pairs.out.add(x, masks.flat(mixed), masks)  # before the sum, whose norm is formed with it
         return self._add(x, mixed, layer.out, layer.out_bias, layer.mlp_norm)
 
-    def mlp(self, x: Tensor, ready: Ready | None, number: int) -> Ready | None:
+    def mlp(self, x: Tensor, ready: Ready | None, number: int, masks: Masks = NOWHERE) -> Ready | None:
         """The second half of layer ``number``; arguments and result as `attention`'s."""
-        layer = self.layers[number]
+        layer, pairs = self.layers[number], self.adapted[number] if masks.queries else NONE
         tiles = self._cut(layer.gate_up, x, len(x))
-        gated = self._ops.norm_gated(
-            x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias, eps=self.eps, tiles=tiles, ready=ready
-        )
+        given = x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias
+        options = {"eps": self.eps, "tiles": tiles, "ready": ready}
+        if pairs.gate_up is None:
+            gated = self._ops.norm_gated(*given, **options)
+        else:
+            gates = self._ops.norm_linear(*given, **options)
+            pairs.gate_up.add(gates, self._normed(x, layer.mlp_norm, masks), masks)
+            gated = self._ops.gated(gates)
+            if self.deterministic:  # clean rows by the program of a step without masks, which rounds elsewhere
+                masks.rest(gated).copy_(masks.rest(self._ops.norm_gated(*given, **options)))
+        if pairs.down is not None:
+            pairs.down.add(x, masks.flat(gated), masks)
         norm = self.layers[number + 1].norm if number + 1 < len(self.layers) else self.norm
         return self._add(x, gated, layer.down, layer.down_bias, norm)
+
+    def _normed(self, x: Tensor, norm: Tensor, masks: Masks) -> Tensor:
+        """(B·M, D), the masks' rows of x, normed."""
+        made: Tensor = self._ops.norm(masks.flat(x), norm, eps=self.eps)
+        return made
 
     def _add(self, x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor) -> Ready | None:
         """``x += a · weightᵀ + bias``; what is left for the norm of the sum."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tidar import layout
 from tidar.decode.policy import Shape
+from tidar.fast.adapted import NOWHERE, Masks
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
 from tidar.kernels.workspace import Workspace, fixed_tiles
@@ -72,6 +73,7 @@ class Network:
         self.suppressed = torch.zeros(core.vocab_size, dtype=torch.bool, device=device)
         self.suppressed[list(core.suppressed)] = True
         self.mask_id = core.spec.mask_token_id if core.spec else 0
+        self.adapters = core.adapters
         self.transition = lean.transition()
         # What attention's splits are chosen for; behind longer prefixes they are long, but still right.
         self.longest = min(2048, core.max_positions // 2)
@@ -86,8 +88,12 @@ class Network:
     def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Hidden:
         """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
         rows, queries = len(tokens), len(layout.offsets)
-        x = self.ops.embed(tokens, self.lean.embedding, self.mask_id, queries, layout.causal)
-        return self.lean(x.view(rows * queries, -1), self.attending(rows, layout, slots))
+        x = self.ops.embed(tokens, self.lean.embedding, self.mask_id, queries, layout.causal).view(rows * queries, -1)
+        masks = NOWHERE
+        if self.adapters is not None and layout.causal < queries:
+            masks = Masks(queries, layout.causal)
+            masks.of(x).copy_(self.adapters.mask_embedding)
+        return self.lean(x, self.attending(rows, layout, slots), masks)
 
     def attending(self, rows: int, layout: StepLayout, slots: Slots) -> Attend:
         """What the layers attend to: the rows' pages, and each other as ``layout`` says."""

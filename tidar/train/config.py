@@ -81,6 +81,15 @@ class TrainConfig:
     """Width of a transition (`tidar.transition`) for a model that has none; 0 leaves the model as it is."""
     offset_decay: float = 1.0
     """A draft at offset j of its block weighs offset_decay^j: what stands behind a wrong draft is of no use."""
+    adapter_rank: int = 0
+    """Rank of adapters that act on masks alone (`tidar.adapters`), for a model that has none: they are trained and the
+    model is frozen, so its text stays what it is. 0 leaves the model as it is."""
+    adapter_alpha: float = 64.0
+    """What an adapter adds is scaled by alpha / rank."""
+    adapter_modules: tuple[str, ...] = ()
+    """Linear layers to adapt, such as `q_proj v_proj`; all within the decoder's layers by default."""
+    adapter_embedding: bool = True
+    """Train the masks' embedding too, which is the adapters' own."""
     masking: Literal["full", "random"] = "full"
     """`full`: every draft position is a mask. `random`: the usual diffusion noise, for the paper's ablation."""
 
@@ -157,6 +166,15 @@ class TrainConfig:
             raise TidarError(f"transition must be a width of at least 0, and 0 for objective ar, not {self.transition}")
         if self.draft_text == "model" and self.masking == "random":
             raise TidarError("draft_text model needs masking full: random masking shows parts of the corpus text")
+        if self.adapter_rank < 0 or self.adapter_alpha <= 0:
+            raise TidarError(
+                f"adapter_rank must be at least 0 and adapter_alpha above 0, not {self.adapter_rank} and "
+                f"{self.adapter_alpha}"
+            )
+        if self.adapter_rank and (self.objective == "ar" or self.masking == "random"):
+            raise TidarError("adapters act on masks: they need objective tidar and masking full")
+        if self.adapter_rank and not self.model:
+            raise TidarError("adapters need a base: name one by model")
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise TidarError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}, which must be above 0")
         if not 0 <= self.warmup < 1:

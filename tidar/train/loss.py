@@ -94,12 +94,19 @@ def chunk_loss(
     ar_scale: Tensor,
     draft_scale: Tensor,
     kl_weight: float,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor]:
     """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL."""
     if bend is not None and before_n is not None:
         pair_PnD = torch.stack([pair_PnD[0], bend(pair_PnD[1], before_n)])
     # nll_loss, not gather: compiled, its backward is fused with the softmax's.
-    logp = [logits.log_softmax(-1) for logits in head(pair_PnD).unbind()]
+    if frozen:  # the AR half has nothing to learn from
+        with torch.no_grad():
+            ar_logits = head(pair_PnD[0])
+        both = [ar_logits, *head(pair_PnD[1:]).unbind()]
+    else:
+        both = list(head(pair_PnD).unbind())
+    logp = [logits.log_softmax(-1) for logits in both]
     nll = [nll_loss(half, wanted, reduction="none") for half, wanted in zip(logp, (labels_n, drafted_n), strict=False)]
     ar = (nll[0] * has_ar_n).sum()
     nothing = torch.zeros_like(ar)
@@ -126,6 +133,7 @@ def train_loss(
     *,
     alpha: float = 1.0,
     kl_weight: float = 0.0,
+    frozen: bool = False,
     bend: Bend | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss,
@@ -142,6 +150,7 @@ def train_loss(
         alpha: weight of the AR half.
         bend: mask states (n, D) and the tokens (n,) before them to what the head reads; None: the states themselves.
         kl_weight: share of KL in the draft's loss; a document's first token has no teacher and stays cross-entropy.
+        frozen: no weight has a gradient from the AR half.
         autocast: makes the context in which the head runs; none by default.
         chunk: `chunk_loss`, or its compiled form.
         chunk_elements: logits held at once.
@@ -173,7 +182,7 @@ def train_loss(
         leads = None if before is None else before[part]
         rows = (labels[part], has_ar[part], weights, drafted[part], taught, leads)
         with autocast():
-            loss, sum_part = chunk(head, bend, piece, *rows, ar_scale, draft_scale, kl_weight)
+            loss, sum_part = chunk(head, bend, piece, *rows, ar_scale, draft_scale, kl_weight, frozen)
         loss.backward()  # type: ignore[no-untyped-call]
         assert piece.grad is not None
         grad[:, part] = piece.grad

@@ -60,19 +60,22 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def make_optimizer(config: TrainConfig, model: CausalLM) -> Optimizer:
-    """The optimizer of ``config`` over all weights; only matrices that are neither embedding nor head decay."""
+    """The optimizer of ``config`` over all weights that are trained; only matrices that are neither embedding nor head
+    decay."""
     ends = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
     tables = {id(m.weight) for m in model.hf.modules() if isinstance(m, nn.Embedding) or m in ends}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for weight in model.parameters():
-        (matrices if weight.ndim == 2 and id(weight) not in tables else others).append(weight)
-    betas, fused = (config.beta1, config.beta2), others[0].is_cuda
-    rest = torch.optim.AdamW(others, lr=config.lr, betas=betas, weight_decay=0.0, fused=fused)
+        if weight.requires_grad:
+            (matrices if weight.ndim == 2 and id(weight) not in tables else others).append(weight)
+    betas, fused = (config.beta1, config.beta2), matrices[0].is_cuda
     main: torch.optim.Optimizer
     if config.optimizer == "muon":
         muon = SharedMuon if isinstance(matrices[0], DTensor) else torch.optim.Muon
         main = muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     else:
         main = torch.optim.AdamW(matrices, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
-    return Optimizer([main, rest])
+    if not others:
+        return Optimizer([main])
+    return Optimizer([main, torch.optim.AdamW(others, lr=config.lr, betas=betas, weight_decay=0.0, fused=fused)])

@@ -1,8 +1,8 @@
 """A model made ready to be trained by one process or by many, from outside: its own code knows nothing of it.
 
 Several ranks share the weights (FSDP2): each layer is gathered for its forward and again for its backward, and its
-gradient is summed over ranks where it is shared. Embeddings, head, last norm and transition form one more group,
-gathered from the forward of a micro-batch to the end of its backward, since the loss reads them in between.
+gradient is summed over ranks where it is shared. Embeddings, head, last norm, transition and adapters form one more
+group, gathered from the forward of a micro-batch to the end of its backward, since the loss reads them in between.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Root(nn.Module):
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
-        self.hf, self.transition = model.hf, model.transition
+        self.hf, self.transition, self.adapters = model.hf, model.transition, model.adapters
 
     def forward(self, **inputs: Any) -> Any:
         if inputs.get("past_key_values") is None:

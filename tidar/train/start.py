@@ -9,6 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
+
+from tidar import adapter_files
+from tidar.adapters import AdapterSpec
 from tidar.checkpoint import check_device, create_model, load_model
 from tidar.convert import add_mask
 from tidar.data.cache import open_cache
@@ -104,14 +108,16 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
         found = load_model(folder, device=device, dtype="float32")
     elif config.model:
         found = load_model(config.model, device=device, dtype="float32")
-        if found.spec is None and config.objective == "tidar":
-            found = add_mask(found)
     else:
         tokenizer = config.tokenizer or world.first(lambda: _tokenizer(config))
         found = create_model(config.arch, tokenizer, seed=config.seed)
         found.hf.to(check_device(device))  # type: ignore[arg-type]
     if config.data.chat_template:
         found.tokenizer.chat_template = _template(config.data.chat_template)
+    if config.adapter_rank or found.adapters is not None:
+        _adapt(found, config)
+    elif found.spec is None and config.objective == "tidar":
+        found = add_mask(found)
     if config.objective == "tidar":
         assert found.spec is not None
         found.spec = replace(found.spec, block_sizes=tuple(sorted(set(config.block_sizes))))
@@ -130,6 +136,32 @@ def _template(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TidarError(f"cannot read the chat template {path} ({error}): name a Jinja file") from error
+
+
+def _adapt(model: CausalLM, config: TrainConfig) -> None:
+    """Adapters for a model that has none; either way only they are trained, and a transition."""
+    if model.adapters is None:
+        spec = AdapterSpec(
+            rank=config.adapter_rank,
+            alpha=config.adapter_alpha,
+            modules=config.adapter_modules,
+            base=model.path,
+            digest=adapter_files.digest(model.path),
+        )
+        # A mask begins as the base's own, or as its mean token where it has none.
+        used = range(min(len(model.tokenizer), len(model.embedding)))
+        like = torch.tensor([model.mask_id] if model.spec is not None else used, device=model.device)
+        model.add_adapters(spec).initialise(model.hf.get_input_embeddings(), like, config.seed)
+    assert model.adapters is not None
+    rank = model.adapters.spec.rank
+    if config.objective == "ar" or config.masking == "random":
+        raise TidarError(f"{model.path} are adapters, which act on masks: they need objective tidar and masking full")
+    if config.adapter_rank not in (0, rank):
+        raise TidarError(
+            f"the adapters in {model.path} have rank {rank}, not {config.adapter_rank}: leave adapter_rank at 0 to "
+            "keep it"
+        )
+    model.adapters.mask_embedding.requires_grad_(config.adapter_embedding)
 
 
 def data(config: TrainConfig, model: CausalLM) -> tuple[Path, Path | None]:

@@ -42,7 +42,7 @@ class Stepper:
         drafts = config.objective == "tidar" and model.transition is not None
         self.bend = model.drafted if drafts else None
         self.optimizer = make_optimizer(config, model)
-        self.parameters = list(model.parameters())
+        self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
         model.hf.eval()  # dropout stays off: nothing here is trained long enough to need it, and exactness forbids it
         if model.device.type == "cuda":
@@ -87,20 +87,22 @@ class Stepper:
                 own = roll_out(model, batch, blocks, kind=self.masks, autocast=self.autocast, sampling=sampling)
                 before = preceding(micro, own.tokens)
                 targets = replace(targets, drafted=own.tokens, teacher=own.hidden, before=before)
-            with self.autocast():
-                hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
-            losses += train_loss(
-                model.head,
-                hidden,
-                targets,
-                counts,
-                bend=self.bend,
-                vocab=model.vocab_size,
-                alpha=config.alpha,
-                kl_weight=config.kl_weight,
-                autocast=self.autocast,
-                chunk=self._chunk,
-            )
+            with model.masked(micro.layout):
+                with self.autocast():
+                    hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
+                losses += train_loss(
+                    model.head,
+                    hidden,
+                    targets,
+                    counts,
+                    bend=self.bend,
+                    vocab=model.vocab_size,
+                    alpha=config.alpha,
+                    kl_weight=config.kl_weight,
+                    frozen=model.adapters is not None,
+                    autocast=self.autocast,
+                    chunk=self._chunk,
+                )
         losses = self._over_ranks(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
         if isinstance(norm, DTensor):
