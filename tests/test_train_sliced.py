@@ -22,7 +22,7 @@ from tidar.attention import Prefix, Written
 from tidar.checkpoint import load_model
 from tidar.errors import TidarError
 from tidar.model import CausalLM
-from tidar.train import parallel, sliced
+from tidar.train import parallel, sliced, validate
 from tidar.train.inputs import Blocks, draw_blocks, make_inputs
 from tidar.train.sliced import Cut
 from tidar.train.step import Stepper
@@ -147,6 +147,15 @@ def test_rounding_is_that_of_the_whole(converted: Converted) -> None:
         whole, cut = error(0, dtype), error(12, dtype)
         assert cut < bound
         assert cut < 1.2 * whole
+
+
+def test_slices_add_to_bf16_keys_in_fp32() -> None:
+    """A sum of 1000 small parts in bf16 stands still long before its end."""
+    leaf = sliced._leaf(torch.ones(3, dtype=torch.bfloat16))
+    for _ in range(1000):
+        (leaf * 0.0625).sum().backward()  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None and leaf.grad.tolist() == [62.5] * 3
+    assert sliced._leaf(torch.ones(3, dtype=torch.float64)).grad_dtype == torch.float64
 
 
 @given(
@@ -332,6 +341,18 @@ def test_block_masks_of_slices(converted: Converted, family: str) -> None:
             rows = wanted.gather(1, (size + places)[..., None].expand_as(found))
             torch.testing.assert_close(found[real], rows[real], rtol=1e-9, atol=1e-9)
             assert bool(found.isfinite().all()), "padding sees nothing"
+
+
+def test_validation_keeps_nothing(converted: Converted) -> None:
+    """Its forward is the whole one: with what a backward needs it would hold more than training ever does."""
+    inputs = make_inputs(pack(ROWS[:2]), Blocks(4, 0), mask_id=0, device=torch.device("cpu"))
+    most = []
+    for mask_slice in (0, 9):
+        held = Held()
+        with held.counting():
+            validate._hidden(made_ready(converted("llama"), ROWS, mask_slice=mask_slice), inputs)
+        most.append(held.most)
+    assert most[0] > most[1] == 0
 
 
 def test_a_run(converted: Converted, tmp_path: Path) -> None:
