@@ -322,25 +322,34 @@ def test_compiled(converted: Converted, checkpointing: bool, apart: bool) -> Non
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_block_masks_of_slices(converted: Converted, family: str) -> None:
     """FlexAttention, which runs on GPUs, in more than a tile of queries and keys, with a window (qwen3), and padding:
-    the hidden states of all masks are those of the whole forward."""
+    the hidden states of all masks are those of the whole forward, and Dynamo makes no more than two graphs."""
     model = load_model(converted(family), dtype="float64")
     model.deal_keys()
-    inputs = make_inputs(pack(LONG), Blocks(16, 5), mask_id=model.mask_id, device=torch.device("cpu"))
-    size, cut = inputs.layout.clean, Cut.of(384, 180, 16, 128)
+    dense = model.runner
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(dense, backend="eager", fullgraph=True, dynamic=False)
+    cut = Cut.of(384, 180, 16, 128)
     assert (cut.count, cut.width) == (3, 256)
-    with torch.no_grad():
-        wanted = model.hidden(inputs.tokens, inputs.layout)
-        written = [Written() for _ in range(2)]
-        plan = layout.packed(inputs.layout.causal[:, :size, 0])
-        clean = model.hidden(inputs.tokens[:, :size], plan, kind="block", keys=written)
-        torch.testing.assert_close(clean, wanted[:, :size], rtol=1e-9, atol=1e-9)
-        prefix = [Prefix(one.key, one.value) for one in written if one.key is not None and one.value is not None]
-        for places, real in cut.places(inputs.layout):
-            tokens = inputs.tokens.gather(1, size + places)
-            found = model.hidden(tokens, layout.masks(inputs.layout, places, real), kind="block", keys=prefix)
-            rows = wanted.gather(1, (size + places)[..., None].expand_as(found))
-            torch.testing.assert_close(found[real], rows[real], rtol=1e-9, atol=1e-9)
-            assert bool(found.isfinite().all()), "padding sees nothing"
+    for blocks in (Blocks(16, 5), Blocks(8, 3)):
+        inputs = make_inputs(pack(LONG), blocks, mask_id=model.mask_id, device=torch.device("cpu"))
+        size = inputs.layout.clean
+        with torch.no_grad():
+            model.run_by(dense)
+            wanted = model.hidden(inputs.tokens, inputs.layout)
+            model.run_by(compiled)
+            written = [Written() for _ in range(2)]
+            plan = layout.packed(inputs.layout.causal[:, :size, 0])
+            clean = model.hidden(inputs.tokens[:, :size], plan, kind="block", keys=written)
+            torch.testing.assert_close(clean, wanted[:, :size], rtol=1e-9, atol=1e-9)
+            prefix = [Prefix(one.key, one.value) for one in written if one.key is not None and one.value is not None]
+            for places, real in cut.places(inputs.layout):
+                tokens = inputs.tokens.gather(1, size + places)
+                found = model.hidden(tokens, layout.masks(inputs.layout, places, real), kind="block", keys=prefix)
+                rows = wanted.gather(1, (size + places)[..., None].expand_as(found))
+                torch.testing.assert_close(found[real], rows[real], rtol=1e-9, atol=1e-9)
+                assert bool(found.isfinite().all()), "padding sees nothing"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_validation_keeps_nothing(converted: Converted) -> None:
