@@ -23,6 +23,7 @@ from train_data import config, pack
 from tidar.checkpoint import load_model
 from tidar.train import parallel, start
 from tidar.train.muon import SharedMuon
+from tidar.train.optimizer import Optimizer
 from tidar.train.step import Stepper
 from tidar.train.world import ALONE, World, join
 
@@ -32,8 +33,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = [[24], [1] * 20 + [4], [12, 12], [3, 21]]
 
 
-def stepped(folder: Path, world: World, compiled: bool = False, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Values of two steps, and the weights after them, on rank 0."""
+def stepped(
+    folder: Path, world: World, compiled: bool = False, descent: bool = False, **changes: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values of two steps, and the weights after them, on rank 0. Plain ``descent`` moves weights by their gradients,
+    where Adam would follow the sign of what is nearly 0."""
     plan = config(folder, folder, micro_batch=1, batch_tokens=96, block_sizes=(4,), clip=0.5, **changes)
     model = start.model(plan, None, world)
     if compiled:  # as on a GPU, but without a code generator
@@ -41,8 +45,11 @@ def stepped(folder: Path, world: World, compiled: bool = False, **changes: Any) 
             layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
     parallel.apply(model, plan, world)
     stepper = Stepper(model, plan, world)
+    if descent:
+        stepper.optimizer = Optimizer([torch.optim.SGD(stepper.parameters)])
     batches = [pack([row], seed=seed) for seed, row in enumerate(ROWS)]
-    values = [stepper(batches[world.rank :: world.size], step, 1e-3)[:5] for step in (0, 1)]
+    lr = 1.0 if descent else 1e-3
+    values = [stepper(batches[world.rank :: world.size], step, lr)[:5] for step in (0, 1)]
     return torch.stack(values), parallel.whole_weights(model, world)
 
 
@@ -86,6 +93,19 @@ def test_compiled_layers(converted: Callable[[str], Path], tmp_path: Path) -> No
     values, _ = torch.load(tmp_path / "compiled.pt")
     wanted, _ = stepped(converted("llama"), ALONE, optimizer="adamw", **ROLLOUT)
     torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)
+
+
+SLICED: dict[str, Any] = {"transition": 8, "kl_weight": 0.5, "activation_checkpointing": True}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox"])  # layers of two kinds; head and embedding not tied
+def test_slices(converted: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    """Several forwards and backwards a micro-batch, the first of them ended last, against the whole forward alone."""
+    folder = converted(family)
+    several(2, "slices", tmp_path, folder)
+    wanted = stepped(folder, ALONE, descent=True, **SLICED)
+    for kind in ("eager", "compiled"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{kind}.pt"), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_products_and_fp32_sums(converted: Callable[[str], Path], tmp_path: Path) -> None:
@@ -152,6 +172,12 @@ def main(task: str, out: Path, *words: str) -> None:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         if world.main:
             torch.save(found, out / "compiled.pt")
+    elif task == "slices":
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for kind in ("eager", "compiled"):
+            found = stepped(Path(words[0]), world, kind == "compiled", descent=True, mask_slice=9, **SLICED)
+            if world.main:
+                torch.save(found, out / f"{kind}.pt")
     elif task == "bf16":
         clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 

@@ -162,6 +162,29 @@ def test_rollout_by_hand(lengths: list[int], k: int, phase: int) -> None:
     assert len(written) == sum(end - first for _, first, end in blocks)
 
 
+@given(lengths_strategy, st.integers(1, 7), st.integers(0, 6), st.data())
+def test_masks_alone(lengths: list[int], k: int, phase: int, data: st.DataObject) -> None:
+    """A run of whole blocks sees what it sees among all: clean tokens, and of masks its own; padding sees itself."""
+    starts, ends = documents(lengths)
+    size = starts.shape[1]
+    whole = layout.training(starts, ends, k, phase % k)
+    cuts = sorted({size, *(whole.block[0, size:, 0] - size).tolist()})
+    first, end = sorted((data.draw(st.sampled_from(cuts)), data.draw(st.sampled_from(cuts))))
+    width = end - first + data.draw(st.integers(first == end, 3))
+    places = torch.arange(first, first + width)[None]
+    plan = layout.masks(whole, places.clamp(max=size - 1), places < end)
+    count = end - first
+    for window in (None, 1, 4):
+        among_all = mask.dense(whole.windowed(window))[0, 0, size + first : size + end]
+        alone = mask.dense(plan.windowed(window))[0, 0]
+        assert torch.equal(alone[:count, :size], among_all[:, :size])
+        assert torch.equal(alone[:count, size : size + count], among_all[:, size + first : size + end])
+        assert not alone[:count, size + count :].any()
+        assert torch.equal(alone[count:], torch.eye(size + width, dtype=torch.bool)[size + count :])
+    assert torch.equal(plan.positions[0, :count], whole.positions[0, size + first : size + end])
+    assert plan.slots[0].tolist() == list(range(size, size + width)) and plan.clean == 0
+
+
 @given(lengths_strategy, st.integers(1, 7), st.integers(1, 6))
 def test_window_counts_positions(lengths: list[int], k: int, window: int) -> None:
     starts, ends = documents(lengths)

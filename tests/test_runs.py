@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from runs import humaneval_exact, plot_bench, plot_training, quality, tokens_per_forward
+from runs import humaneval_exact, long_sequences, plot_bench, plot_training, quality, tokens_per_forward
 from runs.tokens_per_forward import Output
 from tidar.api import Model
 from tidar.data.cache import CacheWriter, TokenCache
@@ -271,6 +271,37 @@ def test_plot_training(tmp_path: Path) -> None:
     (tmp_path / "base.jsonl").write_text('{"step": 1, "tokens": 5}\n')
     with pytest.raises(TidarError, match="has no validation"):
         plot_training.main([*words, "--out", str(tmp_path / "three.svg")])
+
+
+# long rows
+
+
+def test_long_sequences(tmp_path: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, folder = tmp_path / "out.jsonl", str(converted("llama"))
+    measure = long_sequences.measure
+
+    def measured(size: int, mask_slice: int, args: Any) -> dict[str, Any]:
+        if (size, mask_slice) == (96, 0):
+            raise torch.OutOfMemoryError("no room for a test")
+        return measure(size, mask_slice, args)
+
+    monkeypatch.setattr(long_sequences, "measure", measured)
+    words = ["--model", folder, "--device", "cpu", "--seq-len", "64", "96", "--mask-slice", "0", "40"]
+    long_sequences.main([*words, "--seconds", "0.01", "--micro-batches", "2", "--out", str(out)])
+    lines = jsonl(out)
+    assert [(line["seq_len"], line["mask_slice"]) for line in lines] == [(64, 0), (64, 40), (96, 0), (96, 40)]
+    assert [line["out_of_memory"] for line in lines] == [False, False, True, False]
+    assert all(("tokens_per_second" in line) != line["out_of_memory"] for line in lines)
+    assert lines[3]["tokens_per_second"] > 0 and lines[3]["peak_memory_gib"] > 0
+    drawn = []
+    for name in ("one", "two"):
+        long_sequences.main(["--draw", str(tmp_path / f"{name}.svg"), "--out", str(out)])
+        drawn.append((tmp_path / f"{name}.svg").read_bytes())
+    assert drawn[0] == drawn[1] and b"slices of 40" in drawn[0] and b"one forward" in drawn[0]
+    curves = long_sequences.newest(out)
+    assert list(curves[folder, 40]) == [64, 96] and curves[folder, 0][96]["out_of_memory"]
+    done = script("long_sequences.py", "--draw", str(tmp_path / "x.svg"), "--out", str(tmp_path / "none.jsonl"))
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and done.stderr.count("\n") == 1
 
 
 # speeds

@@ -2,7 +2,8 @@
 
 A model's own code stays untouched: any extra keyword given to ``model(...)`` reaches the attention function of every
 layer, so ``tidar=masks`` (see `tidar.mask.render`) is the channel for the layout. Without it the function is ordinary
-causal attention, and ``generate()`` is the ordinary autoregressive model.
+causal attention, and ``generate()`` is the ordinary autoregressive model. ``tidar_keys`` is the channel for keys and
+values of another forward, with their gradients, which no cache of transformers carries.
 
 Legend: B rows, Hq query heads, Hk key/value heads, G = Hq/Hk, L queries, S key slots, D head width.
 """
@@ -23,9 +24,36 @@ from tidar.mask import Masks
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["NAME", "tidar_attention"]
+__all__ = ["NAME", "Keys", "Prefix", "Written", "tidar_attention"]
 
 NAME = "tidar"
+
+
+class Written:
+    """Takes down the keys and values (B, Hk, S, D) that a forward makes in a layer, attached to its graph."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.key is None:  # not those of activations that are computed a second time
+            self.key, self.value = key, value
+        return key, value
+
+
+class Prefix:
+    """Keys and values (B, Hk, S, D) of another forward, in slots 0 … S-1 before the forward's own."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key = key
+        self.value = value
+
+    def seen(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
+
+
+Keys = Written | Prefix
 
 
 def tidar_attention(
@@ -41,6 +69,7 @@ def tidar_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     tidar: Masks | None = None,
+    tidar_keys: Keys | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the key slots that the layout shows each query.
@@ -57,12 +86,15 @@ def tidar_attention(
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
         s_aux: (Hq,) attention sinks, one extra logit a head (GPT-OSS).
         tidar: masks by window, dense or `BlockMask`; None for an entry where everything is seen.
+        tidar_keys: where this layer's keys are to be written, or what stands before them.
 
     Returns:
         (B, L, Hq, D), and None for the attention weights.
     """
     if dropout:
         raise ValueError("attention dropout is not supported: set attention_dropout to 0 in config.json")
+    if tidar_keys is not None:
+        key, value = tidar_keys.seen(key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tidar is None:
         mask, causal = attention_mask, attention_mask is None and query.shape[2] > 1

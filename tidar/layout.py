@@ -9,6 +9,7 @@ slots**: one causal, one block.
 - step      ``[d_1 … d_k | mask × k | … ]``: block j drafts for "exactly j of the drafts accepted" (Figure 3)
 - causal    ordinary autoregressive decoding
 - rollout   one token of many blocks, each continued from its own prefix of a text (training on the model's words)
+- masks     a run of the masks of `training`, alone, behind keys of the clean half that are already there
 
 Everything else (dense masks, FlexAttention block masks, cache writes, the pictures in the docs) is derived from a
 `Layout`. A sliding window only raises the lower ends of the runs, so nothing downstream knows about it.
@@ -27,7 +28,18 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["Layout", "all_proposals", "causal", "check_proposals", "packed", "prefill", "rollout", "step", "training"]
+__all__ = [
+    "Layout",
+    "all_proposals",
+    "causal",
+    "check_proposals",
+    "masks",
+    "packed",
+    "prefill",
+    "rollout",
+    "step",
+    "training",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,6 +247,30 @@ def training(starts: Tensor, ends: Tensor, k: Tensor | int, phase: Tensor | int 
         clean=size,
         rows=torch.arange(2 * size, device=starts.device),
         kv_len=2 * size,
+    )
+
+
+def masks(whole: Layout, places: Tensor, real: Tensor) -> Layout:
+    """Whole blocks of the masks of a `training` layout, alone: a clean token sees no mask and a mask no other block, so
+    they need the clean half's keys, in slots 0 … S-1, and nothing of the other masks.
+
+    Args:
+        whole: what `training` made.
+        places: (B, L) int64, which of the row's S masks each query is, ascending by one; any for padding.
+        real: (B, L) bool, False for padding, which stands at the end of a row and sees only itself.
+    """
+    query = whole.clean + places
+    slots = whole.clean + torch.arange(places.shape[1], device=places.device).expand(places.shape)
+    runs = query[..., None].expand(*query.shape, 2)
+    block = whole.block.gather(1, runs) - places[:, :1, None]
+    return Layout(
+        positions=whole.positions.gather(1, query),
+        slots=slots,
+        causal=torch.where(real[..., None], whole.causal.gather(1, runs), 0),
+        block=torch.where(real[..., None], block, torch.stack([slots, slots + 1], -1)),
+        clean=0,
+        rows=torch.arange(places.shape[1], device=places.device),
+        kv_len=whole.clean + places.shape[1],
     )
 
 

@@ -7,9 +7,10 @@ through them; modelling code is untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidar import layout, mask
 from tidar.adapters import AdapterSpec, MaskAdapters
+from tidar.attention import Keys
 from tidar.cache import SlotCache
 from tidar.errors import TidarError
 from tidar.families import logits_transform, position_limit
@@ -117,7 +119,13 @@ class CausalLM:
         return self.spec.mask_token_id
 
     def hidden(
-        self, tokens: Tensor, layout: Layout, *, cache: SlotCache | None = None, kind: mask.Kind = "dense"
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        *,
+        cache: SlotCache | None = None,
+        kind: mask.Kind = "dense",
+        keys: Sequence[Keys] | None = None,
     ) -> Tensor:
         """Last hidden states (B, L, D) of ``tokens`` (B, L), each seeing what ``layout`` shows it.
 
@@ -126,6 +134,7 @@ class CausalLM:
             layout: on the model's device.
             cache: keys and values of the prefix; the new ones are written to the layout's slots, uncommitted.
             kind: dense masks (any device) or FlexAttention block masks.
+            keys: for each layer, where its keys and values go or what stands before them; needs `deal_keys` once.
         """
         if cache is not None:
             cache.place(layout)
@@ -134,14 +143,21 @@ class CausalLM:
             # Drafts and masks past the end may stand anywhere; their positions must not switch the frequencies.
             positions = positions.clamp(max=self.max_positions - 1)
         with self.masked(layout):
-            return self.backbone(tokens, positions, mask.render(layout, self.windows, kind), cache)
+            return self.backbone(tokens, positions, mask.render(layout, self.windows, kind), cache, keys)
 
     def masked(self, layout: Layout) -> AbstractContextManager[None]:
         """While it lasts, masks of ``layout`` meet the adapters. `hidden` does so itself; a backward that computes
         activations again needs it too."""
         return nullcontext() if self.adapters is None else self.adapters.over(layout)
 
-    def backbone(self, tokens: Tensor, positions: Tensor, masks: mask.Masks, cache: SlotCache | None = None) -> Tensor:
+    def backbone(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: mask.Masks,
+        cache: SlotCache | None = None,
+        keys: Sequence[Keys] | None = None,
+    ) -> Tensor:
         # Compiled for training's one shape; a decoder's shapes change with every forward.
         run = self._backbone if cache is None else self._cached
         out = run(
@@ -152,6 +168,7 @@ class CausalLM:
             past_key_values=cache,
             use_cache=cache is not None,
             tidar=masks,
+            tidar_keys=None if keys is None else tuple(keys),
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
@@ -224,6 +241,14 @@ class CausalLM:
             found |= self.adapters.state_dict(keep_vars=True, prefix=f"{ADAPTERS}.")
         return found
 
+    def deal_keys(self) -> None:
+        """Give every layer its own of the ``keys`` of `hidden`. To be called before the model is compiled."""
+        # Keys are taken down in the forward alone, not where compiled code computes activations again.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        for number, layer in enumerate(self.hf.base_model.layers):  # type: ignore[arg-type]
+            # A hook, not the layer's number in the attention function: one compiled layer serves all.
+            layer.register_forward_pre_hook(partial(_dealt, number), with_kwargs=True)
+
     def run_by(self, backbone: Callable[..., Any]) -> None:
         """Call ``backbone`` wherever the Hugging Face backbone was called, which it calls in turn."""
         self._backbone = self._cached = backbone
@@ -232,7 +257,8 @@ class CausalLM:
         """Compile the backbone; for training on a GPU, where one shape comes again and again."""
         # Past its recompile limit Dynamo would run unfused, many times slower, without a word.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        self._backbone = torch.compile(self.hf.base_model)
+        # A few shapes at most: dynamic ones would cost all of them their speed.
+        self._backbone = torch.compile(self.hf.base_model, dynamic=False)
 
     @torch.no_grad()
     def probe(self) -> None:
@@ -266,3 +292,8 @@ class CausalLM:
             clean, theirs, rtol=0.05, atol=0.05 * float(theirs.std())
         ):
             raise TidarError(f"model family '{kind}' is not supported: its logits change under the layout")
+
+
+def _dealt(number: int, layer: nn.Module, words: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    every = options.get("tidar_keys")
+    return (words, {**options, "tidar_keys": every[number]}) if isinstance(every, tuple) else None

@@ -57,6 +57,9 @@ class TrainConfig:
     """Clean tokens of an optimizer step; a multiple of `micro_batch` rows."""
     micro_batch: int = 64
     """Rows of one forward; fewer need less memory and change nothing else."""
+    mask_slice: int = 0
+    """Masks of a row that one forward holds at most; 0: all, and the clean tokens with them. For long rows: less memory
+    for somewhat more time, and nothing else changes."""
     tokens: int = 100_000_000
     """Clean tokens of the whole run."""
 
@@ -150,6 +153,11 @@ class TrainConfig:
             )
         if not self.block_sizes or min(self.block_sizes) < 1:
             raise TidarError(f"block_sizes must be draft lengths of at least 1, not {list(self.block_sizes)}")
+        if self.mask_slice and (self.objective == "ar" or self.mask_slice < 2 * max(self.block_sizes)):
+            raise TidarError(
+                f"mask_slice must be 0, or at least twice the longest of block_sizes {list(self.block_sizes)} and for "
+                f"objective tidar, not {self.mask_slice}"
+            )
         if self.alpha < 0:
             raise TidarError(f"alpha must be at least 0, not {self.alpha}")
         if not 0 <= self.kl_weight <= 1:

@@ -5,7 +5,7 @@ divergence KL(p || q) from the AR distribution p of the same forward (detached: 
 not), or a mixture. The draft may have labels and teacher of its own: the model's continuations (`tidar.train.rollout`)
 in place of the text. Both halves predict the same token i, so they are handled as a pair: a chunk of tokens at a time,
 each chunk's logits made, used forward *and backward*, and dropped. What remains is the gradient of the hidden states,
-with which the backbone's backward starts once.
+with which the backbone's backward starts once. Where the halves run apart (`tidar.train.sliced`) each has its own call.
 
 Legend: B rows, S clean tokens a row, N = B·S, n tokens of a chunk, P halves (1: AR only, 2: AR and draft), D width of
 the hidden state, V vocabulary.
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ from torch.nn.functional import nll_loss
 
 from tidar.train.world import ALONE, World
 
-__all__ = ["Counts", "Targets", "count", "pairs", "train_loss"]
+__all__ = ["Counts", "Part", "Targets", "count", "pairs", "train_loss"]
 
 CHUNK_ELEMENTS = 2**28  # logits of one chunk: 1 GiB in fp32
 
 Head = Callable[[Tensor], Tensor]
 Bend = Callable[[Tensor, Tensor], Tensor]
+Part = Literal["whole", "clean", "masks"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,7 +86,7 @@ def pairs(hidden: Tensor, halves: int) -> Tensor:
 def chunk_loss(
     head: Head,
     bend: Bend | None,
-    pair_PnD: Tensor,
+    rows_PnD: Tensor,
     labels_n: Tensor,
     has_ar_n: Tensor,
     draft_n: Tensor | None,
@@ -94,34 +96,28 @@ def chunk_loss(
     ar_scale: Tensor,
     draft_scale: Tensor,
     kl_weight: float,
-    frozen: bool,
 ) -> tuple[Tensor, Tensor]:
-    """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL."""
+    """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL. The last of
+    the P halves is the draft's if ``draft_n`` is given, the first AR's unless it is that."""
     if bend is not None and before_n is not None:
-        pair_PnD = torch.stack([pair_PnD[0], bend(pair_PnD[1], before_n)])
+        rows_PnD = torch.stack([*rows_PnD[:-1], bend(rows_PnD[-1], before_n)])
+    logp = [logits.log_softmax(-1) for logits in head(rows_PnD).unbind()]
+    loss = ar = draft = kl = logp[0].new_zeros(())
     # nll_loss, not gather: compiled, its backward is fused with the softmax's.
-    if frozen:  # the AR half has nothing to learn from
-        with torch.no_grad():
-            ar_logits = head(pair_PnD[0])
-        both = [ar_logits, *head(pair_PnD[1:]).unbind()]
-    else:
-        both = list(head(pair_PnD).unbind())
-    logp = [logits.log_softmax(-1) for logits in both]
-    nll = [nll_loss(half, wanted, reduction="none") for half, wanted in zip(logp, (labels_n, drafted_n), strict=False)]
-    ar = (nll[0] * has_ar_n).sum()
-    nothing = torch.zeros_like(ar)
-    if draft_n is None:
-        return ar * ar_scale, torch.stack([ar, nothing, nothing]).detach()
-    draft = (nll[1] * draft_n).sum()
-    if not kl_weight:
-        return ar * ar_scale + draft * draft_scale, torch.stack([ar, draft, nothing]).detach()
-    teacher, taught = logp[0].detach(), draft_n * has_ar_n
-    if teacher_nD is not None:
-        with torch.no_grad():
-            teacher = head(teacher_nD).log_softmax(-1)
-    kl = ((teacher.exp() * (teacher - logp[1])).sum(-1) * taught).sum()
-    labelled = (nll[1] * (draft_n - kl_weight * taught)).sum()
-    loss = ar * ar_scale + (labelled + kl_weight * kl) * draft_scale
+    if draft_n is None or len(logp) == 2:
+        ar = (nll_loss(logp[0], labels_n, reduction="none") * has_ar_n).sum()
+        loss = ar * ar_scale
+    if draft_n is not None:
+        nll = nll_loss(logp[-1], drafted_n, reduction="none")
+        draft = labelled = (nll * draft_n).sum()
+        if kl_weight:
+            teacher, taught = logp[0].detach(), draft_n * has_ar_n
+            if teacher_nD is not None:
+                with torch.no_grad():
+                    teacher = head(teacher_nD).log_softmax(-1)
+            kl = ((teacher.exp() * (teacher - logp[-1])).sum(-1) * taught).sum()
+            labelled = (nll * (draft_n - kl_weight * taught)).sum()
+        loss = loss + (labelled + kl_weight * kl) * draft_scale
     return loss, torch.stack([ar, draft, kl]).detach()
 
 
@@ -131,9 +127,9 @@ def train_loss(
     targets: Targets,
     counts: Counts,
     *,
+    part: Part = "whole",
     alpha: float = 1.0,
     kl_weight: float = 0.0,
-    frozen: bool = False,
     bend: Bend | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss,
@@ -144,13 +140,14 @@ def train_loss(
 
     Args:
         head: hidden states (…, D) to logits (…, V), at least fp32.
-        hidden: (B, S, D) of an AR layout or (B, 2S, D) of a training layout, attached to the model's graph.
+        hidden: (B, S, D) of an AR layout or (B, 2S, D) of a training layout, attached to the model's graph; (B, S, D)
+            of one half if ``part`` says so. Without a graph nothing is learnt, only computed.
         targets: labels and weights; without ``draft`` the loss is the AR half alone.
         counts: labels of the whole optimizer step (all micro-batches, all ranks).
+        part: which half is there. The masks alone need a ``teacher`` for KL.
         alpha: weight of the AR half.
         bend: mask states (n, D) and the tokens (n,) before them to what the head reads; None: the states themselves.
         kl_weight: share of KL in the draft's loss; a document's first token has no teacher and stays cross-entropy.
-        frozen: no weight has a gradient from the AR half.
         autocast: makes the context in which the head runs; none by default.
         chunk: `chunk_loss`, or its compiled form.
         chunk_elements: logits held at once.
@@ -160,9 +157,12 @@ def train_loss(
         (4,) detached: this micro-batch's share of the loss, of the mean AR cross-entropy, of the mean draft
         cross-entropy and of the mean KL, in nats. Shares of micro-batches add up to the step's values.
     """
-    halves = 1 if targets.draft is None else 2
-    pair = pairs(hidden, halves)
-    ar_scale = (1.0 if halves == 1 else alpha / (1 + alpha)) / counts.ar
+    assert part != "masks" or targets.teacher is not None or not kl_weight
+    ar_scale = (1.0 if targets.draft is None else alpha / (1 + alpha)) / counts.ar
+    if part == "clean":
+        targets = replace(targets, draft=None, teacher=None, before=None)
+    halves = 2 if part == "whole" and targets.draft is not None else 1
+    rows = hidden.reshape(1, -1, hidden.shape[-1]) if part == "masks" else pairs(hidden, halves)
     draft_scale = 1 / (1 + alpha) / counts.draft
     labels, has_ar = targets.labels.reshape(-1), targets.has_ar.reshape(-1)
     draft = None if targets.draft is None else targets.draft.reshape(-1)
@@ -172,20 +172,23 @@ def train_loss(
     tokens = labels.shape[0]
     pieces = max(1, -(-tokens * (halves + (teacher is not None)) * vocab // chunk_elements))
     size = -(-tokens // pieces)
-    leaf, grad = pair.detach(), torch.empty_like(pair)
+    leaf, grad = rows.detach(), torch.empty_like(rows)
     total, sums = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(3, dtype=torch.float32)
+    learns = hidden.requires_grad
     for first in range(0, tokens, size):
-        part = slice(first, first + size)
-        piece = leaf[:, part].requires_grad_()
-        weights = None if draft is None else draft[part]
-        taught = None if teacher is None else teacher[part]
-        leads = None if before is None else before[part]
-        rows = (labels[part], has_ar[part], weights, drafted[part], taught, leads)
-        with autocast():
-            loss, sum_part = chunk(head, bend, piece, *rows, ar_scale, draft_scale, kl_weight, frozen)
-        loss.backward()  # type: ignore[no-untyped-call]
-        assert piece.grad is not None
-        grad[:, part] = piece.grad
+        here = slice(first, first + size)
+        piece = leaf[:, here].requires_grad_(learns)
+        weights = None if draft is None else draft[here]
+        taught = None if teacher is None else teacher[here]
+        leads = None if before is None else before[here]
+        words = (labels[here], has_ar[here], weights, drafted[here], taught, leads)
+        with autocast(), torch.set_grad_enabled(learns):
+            loss, sum_part = chunk(head, bend, piece, *words, ar_scale, draft_scale, kl_weight)
+        if learns:
+            loss.backward()  # type: ignore[no-untyped-call]
+            assert piece.grad is not None
+            grad[:, here] = piece.grad
         total, sums = total + loss.detach(), sums + sum_part
-    pair.backward(grad)  # type: ignore[no-untyped-call]
+    if learns:
+        rows.backward(grad)  # type: ignore[no-untyped-call]
     return torch.stack([total, sums[0] / counts.ar, sums[1] / counts.draft, sums[2] / counts.draft])

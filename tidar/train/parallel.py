@@ -33,7 +33,7 @@ def apply(model: CausalLM, config: TrainConfig, world: World) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         if compiled:
             # Not the layer itself: the hooks that gather and share weights stay outside.
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     if compiled:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     if many:

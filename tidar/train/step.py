@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from tidar.train.inputs import draw_blocks, make_inputs, preceding
 from tidar.train.loss import chunk_loss, count, train_loss
 from tidar.train.optimizer import make_optimizer
 from tidar.train.rollout import Sampling, roll_out
+from tidar.train.sliced import Slices
 from tidar.train.world import ALONE, World
 
 __all__ = ["Stepper"]
@@ -43,6 +45,9 @@ class Stepper:
         self.bend = model.drafted if drafts else None
         self.optimizer = make_optimizer(config, model)
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
+        # Where the clean half has nothing to learn, it runs apart, without a backward.
+        apart = config.mask_slice > 0 or model.adapters is not None
+        self._slices = Slices(model, config, kind=self.masks, autocast=self.autocast) if apart else None
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
         model.hf.eval()  # dropout stays off: nothing here is trained long enough to need it, and exactness forbids it
         if model.device.type == "cuda":
@@ -78,6 +83,17 @@ class Stepper:
                 )
             )
         counts = count([micro.targets for micro in inputs], self.world)
+        loss = partial(
+            train_loss,
+            model.head,
+            counts=counts,
+            bend=self.bend,
+            vocab=model.vocab_size,
+            alpha=config.alpha,
+            kl_weight=config.kl_weight,
+            autocast=self.autocast,
+            chunk=self._chunk,
+        )
         losses = torch.zeros(4, device=model.device)
         for index, batch, micro in zip(indices, batches, inputs, strict=True):
             targets = micro.targets
@@ -87,22 +103,12 @@ class Stepper:
                 own = roll_out(model, batch, blocks, kind=self.masks, autocast=self.autocast, sampling=sampling)
                 before = preceding(micro, own.tokens)
                 targets = replace(targets, drafted=own.tokens, teacher=own.hidden, before=before)
-            with model.masked(micro.layout):
-                with self.autocast():
-                    hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
-                losses += train_loss(
-                    model.head,
-                    hidden,
-                    targets,
-                    counts,
-                    bend=self.bend,
-                    vocab=model.vocab_size,
-                    alpha=config.alpha,
-                    kl_weight=config.kl_weight,
-                    frozen=model.adapters is not None,
-                    autocast=self.autocast,
-                    chunk=self._chunk,
-                )
+            if self._slices is not None:
+                losses += self._slices(micro, targets, loss)
+                continue
+            with self.autocast():
+                hidden = model.hidden(micro.tokens, micro.layout, kind=self.masks)
+            losses += loss(hidden, targets)
         losses = self._over_ranks(losses)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
         if isinstance(norm, DTensor):

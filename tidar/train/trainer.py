@@ -264,6 +264,8 @@ def _out_of_memory(config: TrainConfig, world: World) -> str:
     remedies = [f"lower micro_batch (now {config.micro_batch}), which changes no result"]
     if not config.activation_checkpointing:
         remedies.append("set activation_checkpointing")
+    if config.objective == "tidar":
+        remedies.append(f"lower mask_slice (now {config.mask_slice})" if config.mask_slice else "set mask_slice")
     remedies.append("use more GPUs")
     return f"rank {world.rank} is out of GPU memory: {', or '.join(remedies)}; then go on with --resume"
 
