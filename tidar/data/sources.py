@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tidar.data.config import DataConfig
 from tidar.errors import TidarError
 
-__all__ = ["Document", "documents", "identity"]
+__all__ = ["Document", "documents", "first_line", "identity", "no_field"]
 
 HUB = "hf:"
 RETRIES = 3  # without a document in between
@@ -78,7 +78,7 @@ def _local(source: str, config: DataConfig) -> Iterator[Document]:
             else:
                 yield Document(str(path), _utf8(path.read_bytes(), str(path)))
         except (OSError, EOFError, zlib.error) as error:
-            raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
+            raise TidarError(f"cannot read {path} ({first_line(error)}): mend it or take it out") from error
 
 
 def _utf8(data: bytes, origin: str) -> str:
@@ -109,21 +109,21 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
-                raise TidarError(_no_field(str(path), field, file.schema_arrow.names))
+                raise TidarError(no_field(str(path), field, file.schema_arrow.names))
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for row in batch.to_pylist():
                     number += 1
                     yield Document(f"{path} row {number}", _text(row, field, f"{path} row {number}"))
     except (ArrowException, UnicodeDecodeError) as error:
-        raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
+        raise TidarError(f"cannot read {path} ({first_line(error)}): mend it or take it out") from error
 
 
 def _text(row: Any, field: str, origin: str) -> str:
     if not isinstance(row, dict):
         raise TidarError(f"{origin} is no JSON object with a field {field!r}: mend the file")
     if field not in row:
-        raise TidarError(_no_field(origin, field, list(row)))
+        raise TidarError(no_field(origin, field, list(row)))
     text = row[field]
     if not isinstance(text, str):
         raise TidarError(f"{origin}: field {field!r} holds {type(text).__name__}, not text; set text_field")
@@ -134,11 +134,11 @@ def _text(row: Any, field: str, origin: str) -> str:
     return text
 
 
-def _no_field(origin: str, field: str, names: list[str]) -> str:
+def no_field(origin: str, field: str, names: list[str]) -> str:
     return f"{origin} has no field {field!r}: set text_field to one of {', '.join(map(repr, names))}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -165,10 +165,10 @@ def _hub(source: str, config: DataConfig) -> Iterator[Document]:
         except TidarError:
             raise
         except (FileNotFoundError, ValueError) as error:
-            raise TidarError(f"cannot read {source} ({_first_line(error)}): check its name and split") from error
+            raise TidarError(f"cannot read {source} ({first_line(error)}): check its name and split") from error
         except Exception as error:  # whatever the network libraries underneath raise
             failures += 1
             if failures > RETRIES:
-                why = _first_line(error)
+                why = first_line(error)
                 raise TidarError(f"{source} broke off after {taken} documents ({why}): try again later") from error
             time.sleep(PAUSE * 2 ** (failures - 1))
