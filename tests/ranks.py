@@ -32,10 +32,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def write_recipe(path: Path, model: Path, text: Path, **changes: Any) -> Path:
-    """A recipe of 20 steps of six micro-batches."""
+def write_recipe(path: Path, model: Path, text: Path | str, *, streamed: bool = False, **changes: Any) -> Path:
+    """A recipe of 20 steps of six micro-batches; ``text`` is a folder, or files that are ``streamed``."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in {**RECIPE, "model": str(model), **changes}.items()]
-    lines += ["[data]", f"sources = [{json.dumps(str(text))}]", 'duplicates = "keep"', "holdout = 0.2"]
+    lines += ["[data]", 'duplicates = "keep"', "holdout = 0.2"]
+    if streamed:
+        lines += ["lanes = 6", "shuffle = 3", "workers = 1", "patience = 3", "[[data.streams]]", f'path = "{text}"']
+    else:
+        lines += [f"sources = [{json.dumps(str(text))}]"]
     path.write_text("\n".join(lines) + "\n")
     return path
 

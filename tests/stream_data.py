@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ EOS = 0
 WORDS = 60_000
 
 
+@cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """The words ``w1``, ``w2`` … are the tokens 1, 2 …"""
     core = Tokenizer(models.WordLevel({"<eos>": EOS, **{f"w{i}": i for i in range(1, WORDS)}}, unk_token="<eos>"))
@@ -43,8 +45,8 @@ def write(folder: Path, files: Sequence[int], *, first: int = 1, longest: int = 
     return found
 
 
-def stream(path: Path, **changes: Any) -> Stream:
-    return Stream(**{"path": str(path / "*.jsonl"), **changes})
+def stream(folder: Path, **changes: Any) -> Stream:
+    return Stream(**{"path": str(folder / "*.jsonl"), **changes})
 
 
 def config(*streams: Stream, **changes: Any) -> DataConfig:

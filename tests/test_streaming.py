@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from stream_data import EOS, config, opened, same, steps, stream, tokenizer, write
 
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
 from tidar.data.lanes import Lane, Lanes
+from tidar.data.packing import PackedBatch
 from tidar.data.reader import Share, open_stream
 from tidar.data.streaming import StreamedData, beginnings, hold_out
 from tidar.errors import TidarError
@@ -68,32 +73,28 @@ def test_smaller_micro_batches_change_nothing(mixed: DataConfig, wanted: list[An
 
 
 def test_workers_change_nothing(mixed: DataConfig, wanted: list[Any]) -> None:
-    data = opened(DataConfig(**{**vars(mixed), "workers": 3}))
+    data = opened(replace(mixed, workers=2))
     try:
-        assert same(steps(data, 40), wanted[:40])
-        place = json.loads(json.dumps(data.state_dict()))  # not what the workers are ahead by
-        data.load_state_dict(place)
-        assert same(steps(data, 3), wanted[40:43])
+        assert same(steps(data, 30), wanted[:30])
+        place = json.loads(json.dumps(data.state_dict()))
     finally:
         data.close()
+    alone = opened(mixed)
+    alone.load_state_dict(place)
+    assert same(steps(alone, 3), wanted[30:33]), "the place is not where the workers are by now"
 
 
-@pytest.mark.parametrize("done", range(0, 60, 1))
-def test_goes_on_after_any_step(mixed: DataConfig, wanted: list[Any], done: int, places: list[Any]) -> None:
+def test_goes_on_after_every_step(mixed: DataConfig, wanted: list[Any]) -> None:
     data = opened(mixed)
-    data.load_state_dict(json.loads(places[done]))
-    assert same(steps(data, min(3, 60 - done)), wanted[done : done + 3])
-
-
-@pytest.fixture(scope="module")
-def places(mixed: DataConfig) -> list[str]:
-    """The state before each step, as a checkpoint keeps it."""
-    data = opened(mixed)
-    found = []
-    for _ in range(60):
-        found.append(json.dumps(data.state_dict()))
-        steps(data, 1)
-    return found
+    blocks = set()
+    for done in range(30):
+        place = json.dumps(data.state_dict())  # as a checkpoint keeps it
+        again = opened(mixed)
+        again.load_state_dict(json.loads(place))
+        assert same(steps(again, 2), wanted[done : done + 2])
+        assert same(steps(data, 1), wanted[done : done + 1])
+        blocks |= {(state["block"], state["row"]) for state in map(json.loads(place).get, ["lane 0", "lane 5"])}
+    assert len({block for block, _ in blocks}) > 5 and len({row for _, row in blocks}) > 3
 
 
 def test_two_ranks_then_one_then_four(mixed: DataConfig, wanted: list[Any]) -> None:
@@ -111,8 +112,8 @@ def test_two_ranks_then_one_then_four(mixed: DataConfig, wanted: list[Any]) -> N
         place = json.loads(json.dumps(go_on(place, size, first, last)))
 
 
-@settings(deadline=None, max_examples=25)
-@given(files=st.lists(st.integers(4, 12), min_size=1, max_size=6), lanes=LANES, seed=st.integers(0, 2**40))
+@settings(deadline=None, max_examples=15)
+@given(files=st.lists(st.integers(9, 15), min_size=1, max_size=6), lanes=LANES, seed=st.integers(0, 2**40))
 def test_every_document_in_one_lane_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory, files: list[int], lanes: int, seed: int
 ) -> None:
@@ -123,11 +124,7 @@ def test_every_document_in_one_lane_once_an_epoch(
     assert opened.count == len(files)
     shares = [Share(opened, plan, seed=seed, number=0, lane=lane, lanes=lanes) for lane in range(lanes)]
     for _ in range(3):
-        try:
-            texts = [text for share in shares for text in share.epoch()]
-        except TidarError as error:
-            assert "no document for lane" in str(error)  # fewer in a file than lanes to share it
-            return
+        texts = [text for share in shares for text in share.epoch()]
         assert Counter(tuple(int(word[1:]) for word in text.split()) for text in texts) == documents
 
 
@@ -146,7 +143,7 @@ def test_shares_are_alike_and_epochs_are_not(tmp_path: Path) -> None:
     assert first != list(Share(files, plan, seed=2, number=0).epoch())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(seq_len=st.integers(1, 40), shuffle=st.integers(1, 9), rows=st.integers(1, 4), longest=st.sampled_from([3, 90]))
 def test_no_token_is_lost(
     tmp_path_factory: pytest.TempPathFactory, seq_len: int, shuffle: int, rows: int, longest: int
@@ -214,6 +211,10 @@ def test_weights_are_shares_of_the_tokens(root: Path) -> None:
     assert share == pytest.approx(5 / (5 + 4.5 / 5.5 * 31.5 / 30.5), abs=0.03)
 
 
+def tokens_of(given: list[list[PackedBatch]]) -> set[int]:
+    return {token for step in given for batch in step for row in batch.tokens.tolist() for token in row}
+
+
 def test_what_is_held_out_is_never_trained_on(root: Path, tmp_path: Path) -> None:
     plan = config(stream(root / "long", weight=3), stream(root / "short"), holdout=0.2)
     place = hold_out(plan, tokenizer(), tmp_path / "data", tokens=400, seed=7)
@@ -223,11 +224,11 @@ def test_what_is_held_out_is_never_trained_on(root: Path, tmp_path: Path) -> Non
     shares = Counter(token < 20_000 for token in held)
     assert shares[True] > shares[False] > 20
     data = opened(plan)
-    seen = {int(t) for step in steps(data, 300) for batch in step for t in batch.tokens.unique()}
+    seen = tokens_of(steps(data, 150))
     assert all(data.state_dict()[f"lane {lane}"]["places"][0][0] > 1 for lane in range(8)), "epochs went by"
     assert not seen & held
     everything = config(stream(root / "long", weight=3), stream(root / "short"))
-    whole = {int(t) for step in steps(opened(everything), 300) for batch in step for t in batch.tokens.unique()}
+    whole = tokens_of(steps(opened(everything), 150))
     assert held < whole
     assert 0.1 < 1 - len(seen) / len(whole) < 0.3
     before = (place / "tokens.bin").stat().st_mtime_ns
@@ -245,11 +246,6 @@ def test_beginnings_follow_the_weights_too(root: Path) -> None:
 
 
 def test_other_kinds_of_files(tmp_path: Path) -> None:
-    import gzip
-
-    import pyarrow as pa  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
     texts = [f"w{i}" for i in range(1, 60)]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
     for name in ("parquet", "gz", "txt", "folder", "blank"):
@@ -267,9 +263,7 @@ def test_other_kinds_of_files(tmp_path: Path) -> None:
         ("txt/*.txt", "text"),
         ("blank/a.jsonl", "text"),
     ):
-        plan = config(DataConfig(streams=()).streams[0]) if not path else config(
-            stream(tmp_path, path=str(tmp_path / path), text_field=field)
-        )  # fmt: skip
+        plan = config(stream(tmp_path, path=str(tmp_path / path), text_field=field))
         share = Share(open_stream(plan.streams[0], 0), plan, seed=0, number=0)
         assert Counter(share.epoch()) == Counter(texts), path
 

@@ -215,14 +215,14 @@ class Share:
         retries = _Patience(path, self.config.patience)
         while True:
             try:
-                first = self._document
-                for column in self.files.columns(file, first):
+                for column in self.files.columns(file, self._document):
+                    retries.reset()
+                    first = self._document
                     begin = (part - first) % parts
                     for index, text in enumerate(column[begin::parts].to_pylist()):
                         self._document = first + begin + index * parts + 1
-                        retries.reset()
                         yield text
-                    first += len(column)
+                    self._document = first + len(column)
                 return
             except TidarError:
                 raise

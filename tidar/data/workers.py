@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any
@@ -64,13 +65,15 @@ class Workers:
         # Before multiprocessing waits for its children at exit.
         self._end = Finalize(self, _end, args=(self._workers,), exitpriority=100)
         for i in range(count):
-            mine = {number: states[number] for number in numbers[i::count]}
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(sender, lanes, mine), name=f"tidar data {i}")
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), name=f"tidar data {i}")
             process.start()
-            sender.close()  # the worker's is the last: its death ends the pipe
-            self._workers.append((process, receiver))
-            self._of |= dict.fromkeys(mine, i)
+            theirs.close()  # the worker's is the last: its death ends the pipe
+            self._workers.append((process, ours))
+            self._of |= dict.fromkeys(numbers[i::count], i)
+        for i, (_, ours) in enumerate(self._workers):  # when all are starting: each has much to import
+            with suppress(OSError):  # one that is dead by now will be noticed
+                ours.send((lanes, {number: states[number] for number in numbers[i::count]}))
 
     def next(self, number: int, interrupted: Callable[[], bool]) -> Piece:
         """The next piece of lane ``number``.
@@ -79,12 +82,12 @@ class Workers:
             TidarError: the lane says so, or its worker died.
             Interrupted: ``interrupted`` came to hold while nothing came.
         """
-        process, receiver = self._workers[self._of[number]]
+        process, ours = self._workers[self._of[number]]
         try:
-            while not receiver.poll(POLL):
+            while not ours.poll(POLL):
                 if interrupted():
                     raise Interrupted
-            sent = receiver.recv()
+            sent = ours.recv()
         except (EOFError, OSError) as error:
             process.join()
             how = f"ended with code {process.exitcode}, its own words are above"
@@ -103,21 +106,22 @@ class Workers:
 
 
 def _end(workers: Sequence[tuple[Any, Connection]]) -> None:
-    for process, receiver in workers:
-        receiver.close()
+    for process, ours in workers:
+        ours.close()
         process.kill()
         process.join()
 
 
-def _work(sender: Connection, lanes: Lanes, states: Mapping[int, State]) -> None:
-    """Send the pieces of some lanes in turn, then what went wrong."""
+def _work(parent: Connection) -> None:
+    """Receive what lanes to run, send their pieces in turn, then what went wrong."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    lanes, states = parent.recv()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
     tokens = len(states) * lanes.rows * lanes.seq_len
     ready: queue.Queue[tuple[int, Piece] | str] = queue.Queue(len(states) * max(1, AHEAD // tokens))
-    sending = threading.Thread(target=_send, args=(ready, sender), daemon=True)
+    sending = threading.Thread(target=_send, args=(ready, parent), daemon=True)
     sending.start()
     try:
         encoder = lanes.encoder()
@@ -130,17 +134,17 @@ def _work(sender: Connection, lanes: Lanes, states: Mapping[int, State]) -> None
         sending.join()  # the parent kills this process when it has heard
 
 
-def _send(ready: queue.Queue[Any], sender: Connection) -> None:
+def _send(ready: queue.Queue[Any], parent: Connection) -> None:
     while True:
         item = ready.get()
         try:
-            sender.send(item)
+            parent.send(item)
         except OSError:  # nobody listens any more
             os._exit(0)
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    process = multiprocessing.parent_process()
+    assert process is not None
+    process.join()
     os._exit(0)
