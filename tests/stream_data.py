@@ -50,7 +50,7 @@ def stream(folder: Path, **changes: Any) -> Stream:
 
 
 def config(*streams: Stream, **changes: Any) -> DataConfig:
-    return DataConfig(**{"streams": streams, "holdout": 0.0, "shuffle": 5, "workers": 0, "patience": 0.0, **changes})
+    return DataConfig(**{"streams": streams, "holdout": 0.0, "shuffle": 120, "workers": 0, "patience": 0.0, **changes})
 
 
 def opened(plan: DataConfig, **changes: Any) -> StreamedData:

@@ -281,7 +281,7 @@ def streamed(root: Path, base: Path, **changes: Any) -> Any:
     if not (root / "text").exists():
         write_text(root / "text")
     data = DataConfig(
-        streams=(Stream(path=str(root / "text" / "*.txt")),), lanes=4, shuffle=3, workers=0, patience=0.0, holdout=0.2
+        streams=(Stream(path=str(root / "text" / "*.txt")),), lanes=4, shuffle=60, workers=0, patience=0.0, holdout=0.2
     )
     return run_config(root, base, **{"data": data, **changes})
 

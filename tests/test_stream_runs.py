@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -94,44 +93,66 @@ def test_a_loss_that_is_not_finite(recipe: Path, one: Path, tmp_path: Path) -> N
     assert kept["tokens"].tolist() == [wanted[7, number][0][0] for number in range(6)]
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """Serves files, parts of them too, until its server is told to be out of order."""
+def test_a_rank_that_loses_its_data_stops_all(recipe: Path, two: Path, tmp_path: Path) -> None:
+    lines = ranks.run(recipe, tmp_path / "run", fault="lack:1:6", ok=False)
+    assert ranks.errors(lines) == ["the test's source was out of reach; step 7 is saved, go on with --resume"]
+    ranks.run(recipe, tmp_path / "run", "--resume")
+    assert same_weights(tmp_path / "run" / "model", two / "model")
+    assert curve(tmp_path / "run") == curve(two)
 
-    def do_GET(self) -> None:
-        self.answer(body=True)
+
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as it takes to stream the data set me/code; breaks off once it was asked for enough files."""
+
+    protocol_version = "HTTP/1.1"
+    server: Any
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.answer()
 
-    def answer(self, body: bool) -> None:
-        server: Any = self.server
-        server.asked += body
-        if server.asked > server.limit:
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = self.path.split("?")[0]
+        file = self.server.files.get(path.removeprefix(f"/datasets/me/code/resolve/{COMMIT}/"))
+        self.server.asked += file is not None
+        if self.server.asked > self.server.limit:
             self.close_connection = True
-            self.connection.close()
-            return
-        data = Path(self.translate_path(self.path)).read_bytes()
-        first, last = 0, len(data) - 1
-        if wanted := self.headers.get("Range"):
-            begin, _, end = wanted.removeprefix("bytes=").partition("-")
-            first, last = int(begin), min(int(end or last), last)
-        self.send_response(206 if wanted else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(last - first + 1))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        elif path == f"/api/datasets/me/code/tree/{COMMIT}":
+            found = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in self.server.files.items()]
+            self.send(200, json.dumps(found).encode())
+        elif path in ("/api/datasets/me/code", f"/api/datasets/me/code/revision/{COMMIT}"):
+            self.send(200, json.dumps({"id": "me/code", "sha": COMMIT, "siblings": []}).encode())
+        elif file is not None:
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            self.send(206, file[int(first) : int(last) + 1], ETag='"file"', **{"X-Repo-Commit": COMMIT})
+        else:
+            self.send(404, b"{}", **{"X-Error-Code": "EntryNotFound"})
+
+    def send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        if body:
-            self.wfile.write(data[first : last + 1])
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         pass
 
 
 @pytest.fixture
-def server(root: Path) -> Iterator[Any]:
-    made: Any = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root / "lines")))
+def hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    made: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    made.files = {f"train-{path.name}": path.read_bytes() for path in (root / "lines").iterdir()}
     made.asked, made.limit = 0, 10**9
-    made.handle_error = lambda *_: None
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     thread = threading.Thread(target=made.serve_forever)
     thread.start()
     yield made
@@ -140,26 +161,20 @@ def server(root: Path) -> Iterator[Any]:
     made.server_close()
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_server_that_dies_and_comes_back(
-    root: Path, converted: Callable[[str], Path], server: Any, tmp_path: Path, size: int
+def test_a_hub_that_goes_away_and_comes_back(
+    converted: Callable[[str], Path], hub: Any, one: Path, tmp_path: Path
 ) -> None:
     """The run stops with a checkpoint and one line; resumed, it comes to the weights of a run that nothing stopped."""
-    urls = [f"http://127.0.0.1:{server.server_port}/{number}.jsonl" for number in range(7)]
-    recipe = ranks.write_recipe(tmp_path / "recipe.toml", converted("qwen3"), urls[0], streamed=True, save_every=50)
-    text = recipe.read_text()
-    recipe.write_text(text + "".join(f'\n[[data.streams]]\npath = "{url}"\n' for url in urls[1:]))
-    ranks.run(recipe, tmp_path / "whole", ranks=size)
-    server.limit = server.asked * 3 // 4  # of as many again
-    server.asked = 0
-    lines = ranks.run(recipe, tmp_path / "run", ranks=size, ok=False)
+    recipe = ranks.write_recipe(tmp_path / "recipe.toml", converted("qwen3"), "me/code", streamed=True, save_every=50)
+    hub.limit = 20
+    lines = ranks.run(recipe, tmp_path / "run", ranks=1, ok=False)
     (error,) = ranks.errors(lines)
-    assert f"http://127.0.0.1:{server.server_port}/" in error and "was out of reach for 3 s" in error
+    assert error.startswith("me/code was out of reach for 3 s (")
     step = int(error.split("; step ")[1].split()[0])
     assert 0 < step < 20 and error.endswith(f"step {step} is saved, go on with --resume")
     assert (tmp_path / "run" / "latest").resolve().name == f"step-{step:08d}"
-    assert any("is out of reach" in line and "trying again in 1 s" in line for line in lines)
-    server.limit = 10**9
-    ranks.run(recipe, tmp_path / "run", "--resume", ranks=size)
-    assert same_weights(tmp_path / "run" / "model", tmp_path / "whole" / "model")
-    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert any(line.startswith("me/code is out of reach") and "trying again in 1 s" in line for line in lines)
+    hub.limit = 10**9
+    ranks.run(recipe, tmp_path / "run", "--resume", ranks=1)
+    assert curve(tmp_path / "run") == curve(one), "as from files"
+    assert same_weights(tmp_path / "run" / "model", one / "model")

@@ -144,7 +144,9 @@ def test_shares_are_alike_and_epochs_are_not(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=15)
-@given(seq_len=st.integers(1, 40), shuffle=st.integers(1, 9), rows=st.integers(1, 4), longest=st.sampled_from([3, 90]))
+@given(
+    seq_len=st.integers(1, 40), shuffle=st.integers(1, 120), rows=st.integers(1, 4), longest=st.sampled_from([3, 90])
+)
 def test_no_token_is_lost(
     tmp_path_factory: pytest.TempPathFactory, seq_len: int, shuffle: int, rows: int, longest: int
 ) -> None:
@@ -164,7 +166,7 @@ def test_no_token_is_lost(
         seq_len=seq_len,
     )
     lane = Lane(lanes, 1, lanes.encoder(), lanes.begin())
-    texts = islice(Share(files, plan, seed=3, number=0, lane=1, lanes=2).endless(), 40)
+    texts = islice(Share(files, plan, seed=3, number=0, lane=1, lanes=2).endless(), 150)
     tokens = [token for text in texts for token in [*(int(word[1:]) for word in text.split()), EOS]]
     straight = [tuple(tokens[i : i + seq_len]) for i in range(0, len(tokens) - seq_len, seq_len)]
     given: list[tuple[int, ...]] = []
@@ -175,7 +177,7 @@ def test_no_token_is_lost(
         if piece.state["row"] == 0:  # at the end of a block
             assert Counter(given) == Counter(straight[: len(given)])
             compared += 1
-    assert compared or rows > 1
+    assert compared > 2 or rows > 1
     if len(given) > 200:
         assert given != straight[: len(given)]
 

@@ -74,8 +74,8 @@ class DataConfig:
     lanes: int = 16
     """Streams are divided among this many readers at least, whose rows a step has in equal parts; the order of the
     data depends on it, and on the number of ranks or workers does not."""
-    shuffle: int = 512
-    """Documents a lane reads ahead and shuffles the rows of."""
+    shuffle: int = 262_144
+    """Tokens a lane reads at least before it shuffles the rows of them; after a resume it reads them again."""
     workers: int = 4
     """Processes in which a rank reads and tokenises streams ahead of its steps; 0: none, the steps wait for it."""
     patience: float = 300.0

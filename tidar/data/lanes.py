@@ -78,12 +78,13 @@ class Piece(NamedTuple):
     state: State
 
 
-class _Block(NamedTuple):
-    """Documents end to end, and the state of the mix before them."""
+class _Block:
+    """Documents that were read in a row, and the state of the mix before them."""
 
-    start: State
-    tokens: NDArray[Any]
-    begins: NDArray[np.bool_]
+    def __init__(self, start: State) -> None:
+        self.start = start
+        self.documents: list[NDArray[Any]] = []
+        self.size = 0  # tokens
 
 
 class Lane:
@@ -125,28 +126,33 @@ class Lane:
         """The rows that begin in the current block, (N, S), shuffled; N may be 0."""
         size = self.lanes.seq_len
         if not self._read:
-            self._read.append(self._fresh())
-        own = len(self._read[0].tokens)
+            self._read.append(_Block(self._mix.state()))
+        while self._read[0].size < self.lanes.config.shuffle:
+            self._grow()
+        own = self._read[0].size
         count = max(0, -(-(own - self._offset) // size))
         end = self._offset + count * size
-        while sum(len(block.tokens) for block in self._read) < end:
-            self._read.append(self._fresh())
-        rows = np.concatenate([block.tokens for block in self._read])[self._offset : end].reshape(count, size)
-        begins = np.concatenate([block.begins for block in self._read])[self._offset : end].reshape(count, size)
-        begins[:, 0] = True
+        while sum(block.size for block in self._read) < end:
+            self._grow()
+        documents = [document for block in self._read for document in block.documents]
+        tokens = np.concatenate(documents)
+        begins = np.zeros(len(tokens), np.bool_)
+        begins[np.cumsum([0, *map(len, documents[:-1])])] = True
+        rows, firsts = (part[self._offset : end].reshape(count, size) for part in (tokens, begins))
+        firsts[:, 0] = True
         key = np.random.SeedSequence((self.lanes.seed, self.number, self._block, 3))
         order = np.random.Generator(np.random.Philox(key)).permutation(count)
         self._surplus = end - own
-        self._rows = rows[order], begins[order]
+        self._rows = rows[order], firsts[order]
         return self._rows
 
-    def _fresh(self) -> _Block:
-        start = self._mix.state()
-        documents = [self._mix.next() for _ in range(self.lanes.config.shuffle)]
-        ends = np.cumsum([len(document) for document in documents])
-        begins = np.zeros(ends[-1], np.bool_)
-        begins[[0, *ends[:-1]]] = True
-        return _Block(start, np.concatenate(documents), begins)
+    def _grow(self) -> None:
+        """Read one document more, into a new block if the last one is full."""
+        if self._read[-1].size >= self.lanes.config.shuffle:
+            self._read.append(_Block(self._mix.state()))
+        document = self._mix.next()
+        self._read[-1].documents.append(document)
+        self._read[-1].size += len(document)
 
 
 class _Mix:

@@ -82,6 +82,8 @@ def open_stream(stream: Stream, patience: float) -> Files:
             raise TidarError(f"{stream.path} has no documents: check the path") from error
         except (FileNotFoundError, ValueError) as error:
             raise TidarError(f"cannot read {stream.path} ({first_line(error)}): check path, name and split") from error
+        except ImportError as error:  # of what reads http:// or a kind of compression
+            raise TidarError(f"{stream.path} needs more packages ({first_line(error)}): install them") from error
         except Exception as error:  # whatever the network libraries underneath raise
             retries.wait(error)
     if dataset.features is not None and stream.text_field not in dataset.features:
