@@ -145,6 +145,21 @@ def test_more_lanes_than_documents(tmp_path: Path) -> None:
         steps(opened(config(stream(tmp_path / "text"))), 1)
 
 
+def test_documents_that_changed_since_the_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path / "text", [30], longest=60)
+    plan = config(stream(tmp_path / "text"), shuffle=100_000)
+    data = opened(plan, batch_size=2, accumulate=1, lanes=1)
+    for _ in range(20):
+        data.next()
+    place = data.state_dict()
+    write(tmp_path / "fewer", [30], longest=2)
+    (tmp_path / "fewer" / "000.jsonl").replace(tmp_path / "text" / "000.jsonl")
+    again = opened(replace(plan, shuffle=100), batch_size=2, accumulate=1, lanes=1)
+    again.load_state_dict(place)
+    with pytest.raises(TidarError, match="cannot resume: the streams hold other documents"):
+        again.next()
+
+
 def test_nothing_held_out(tmp_path: Path, plan: DataConfig) -> None:
     with pytest.raises(TidarError, match="no document of the streams is held out: raise holdout"):
         hold_out(replace(plan, holdout=1e-9), tiny.byte_tokenizer(), tmp_path / "data", tokens=10, seed=0)

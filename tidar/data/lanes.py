@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tidar.data.config import DataConfig
 from tidar.data.reader import Files, Share
 from tidar.data.tokenizer import encode_documents, encoder_of
+from tidar.errors import TidarError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -131,6 +132,11 @@ class Lane:
             self._grow()
         own = self._read[0].size
         count = max(0, -(-(own - self._offset) // size))
+        if self._row > count:
+            raise TidarError(
+                "cannot resume: the streams hold other documents than when the checkpoint was written; restore them, or "
+                "pin a hub data set's revision"
+            )
         end = self._offset + count * size
         while sum(block.size for block in self._read) < end:
             self._grow()
