@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
                 hidden = self.model.hidden
                 self.model.hidden = lambda *a, **k: hidden(*a, **k) * float("nan")  # type: ignore[method-assign]
             if what == "lack":
-                StreamedData.next = lack  # type: ignore[method-assign]
+                StreamedData.next = lack  # type: ignore[assignment, method-assign]
             if what == "disk":
                 import resource
 

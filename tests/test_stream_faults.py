@@ -246,32 +246,44 @@ def test_a_lack_is_heard_of_in_its_turn_and_a_wait_can_be_ended(plan: DataConfig
 
 
 ORPHANS = """
-import sys
+import sys, time
 from stream_data import config, opened, steps
 from pathlib import Path
 from tidar.data.config import Stream
+from tidar.data.workers import Interrupted
 
 if __name__ == "__main__":
-    data = opened(config(Stream(path=sys.argv[1]), workers=2))
-    steps(data, 1)
+    data = opened(config(Stream(path=sys.argv[1]), workers=2, patience=400.0))
+    if sys.argv[2] == "SIGKILL":
+        Path(sys.argv[1]).unlink()  # its workers ask for it again and again
+        data.interrupted = lambda: True
+        try:
+            data.next()
+        except Interrupted:
+            pass
+    else:
+        steps(data, 1)
     print(*[process.pid for process, _ in data._running._workers], flush=True)
-    if sys.argv[2] == "wait":
-        steps(data, 10**9)
+    if sys.argv[2] != "end":
+        time.sleep(1000)
 """
 
 
 @pytest.mark.parametrize(
     "how", ["SIGKILL", "SIGINT", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "end"))]
 )
-def test_no_worker_outlives_its_trainer(plan: DataConfig, tmp_path: Path, how: str) -> None:
+def test_no_worker_outlives_its_trainer(tmp_path: Path, how: str) -> None:
+    write(tmp_path / "text", [60])
     script = tmp_path / "script.py"
     script.write_text(ORPHANS)
     places = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(script), plan.streams[0].path, "end" if how == "end" else "wait"]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+    command = [sys.executable, str(script), str(tmp_path / "text" / "000.jsonl"), how]
+    said = tmp_path / "said"
+    with said.open("w") as errors:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
     assert process.stdout is not None
     workers = [int(word) for word in process.stdout.readline().split()]
     assert len(workers) == 2
@@ -280,10 +292,12 @@ def test_no_worker_outlives_its_trainer(plan: DataConfig, tmp_path: Path, how: s
     elif how == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C sends
     else:
+        if how == "SIGKILL":
+            until(lambda: said.read_text().count("trying again in 4 s") == 2)
         process.send_signal(signal.Signals[how])
     process.wait(60)
     process.stdout.close()
-    until(lambda: not any(map(alive, workers)))
+    until(lambda: not any(map(alive, workers)), 20)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from stream_data import EOS, config, opened, same, steps, stream, tokenizer, write
 
+from tidar.data import reader
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
 from tidar.data.lanes import Lane, Lanes
@@ -30,6 +32,14 @@ from tidar.errors import TidarError
 pytestmark = pytest.mark.filterwarnings("default")  # those of the datasets package are not ours to mend
 
 LANES = st.integers(1, 9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tables() -> Iterator[None]:
+    """Files are read in several pieces, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "TABLE", 7)
+        yield
 
 
 @pytest.fixture(scope="module")

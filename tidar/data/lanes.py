@@ -134,8 +134,8 @@ class Lane:
         count = max(0, -(-(own - self._offset) // size))
         if self._row > count:
             raise TidarError(
-                "cannot resume: the streams hold other documents than when the checkpoint was written; restore them, or "
-                "pin a hub data set's revision"
+                "cannot resume: the streams hold other documents than when the checkpoint was written; restore them or "
+                "pin the revision of a hub data set"
             )
         end = self._offset + count * size
         while sum(block.size for block in self._read) < end:
