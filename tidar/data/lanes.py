@@ -70,7 +70,7 @@ class Piece(NamedTuple):
 
     Attributes:
         tokens: (R * S,) uint32.
-        begins: (R * S,) bool, where documents begin or, cut by a row's end, go on.
+        begins: (R * S,) bool, where documents begin.
         state: the lane's, to go on behind them.
     """
 
@@ -145,7 +145,6 @@ class Lane:
         begins = np.zeros(len(tokens), np.bool_)
         begins[np.cumsum([0, *map(len, documents[:-1])])] = True
         rows, firsts = (part[self._offset : end].reshape(count, size) for part in (tokens, begins))
-        firsts[:, 0] = True
         key = np.random.SeedSequence((self.lanes.seed, self.number, self._block, 3))
         order = np.random.Generator(np.random.Philox(key)).permutation(count)
         self._surplus = end - own

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tidar.data.packing import PackedBatch, PackedData
 from tidar.data.streaming import StreamedData
-from tidar.data.workers import Interrupted
 from tidar.errors import TidarError
 from tidar.model import CausalLM
 from tidar.train import checkpoint, parallel, shards, start
 from tidar.train.checkpoint import Progress
 from tidar.train.config import TrainConfig
+from tidar.train.feed import Feed
 from tidar.train.inputs import draw_blocks
 from tidar.train.metrics import Metrics, Silence, peak_memory_gib
 from tidar.train.optimizer import learning_rate
@@ -28,9 +28,6 @@ from tidar.train.validate import Validation
 from tidar.train.world import ALONE, World, join, lost
 
 __all__ = ["Result", "Trainer", "train"]
-
-LACKING = 3
-"""A reason to stop that counts more than those of `Stop`: there are no more data."""
 
 Probe = Callable[[CausalLM], dict[str, float]]
 
@@ -119,7 +116,7 @@ class Trainer:
             self.metrics.say(note)
         self._saver = shards.Saver(self.out, world, keep_last=config.keep_last)
         self._pending: list[tuple[int, dict[str, Any], float, Tensor]] = []
-        self._lack: TidarError | None = None
+        self.feed = Feed(self.data, config.accumulate, world)
         self._restart_clock()
         self._saved = self.progress.step if source is not None and not continue_from else -1
 
@@ -147,17 +144,18 @@ class Trainer:
         config, progress = self.config, self.progress
         begun = progress.step
         with Stop(config.max_seconds) as stop:
-            if isinstance(self.data, StreamedData):
-                self.data.interrupted = lambda: stop.reason > 0
+            self.feed.until(lambda: stop.reason > 0)
             while progress.tokens < config.tokens:
-                batches = self._batches()
+                batches = self.feed.take()
                 wish = stop.reason if progress.step > begun or batches is None else 0
-                reason = int(self.world.most(LACKING if self._lack else wish))
+                reason = self.feed.reason(wish)
                 if batches is None or reason:
+                    rest = ""
                     if progress.step > begun:
                         self._save()
+                        rest = f"; step {progress.step} is saved, go on with --resume"
                     self._saver.wait()
-                    self._complain(progress.step > begun)
+                    self.feed.complain(rest)
                     self.metrics.say(f"stopped {stop.said(reason)} at step {progress.step}; go on with --resume")
                     return Result(None, progress.step, progress.tokens)
                 self._step(batches)
@@ -169,35 +167,6 @@ class Trainer:
                 if last or _due(progress.step, config.save_every):
                     self._save()
             return Result(self._export(), progress.step, progress.tokens)
-
-    def _batches(self) -> list[PackedBatch] | None:
-        """The micro-batches of the next step that fall to this rank; None if it cannot have them or is to stop."""
-        begun = time.monotonic()
-        found = []
-        try:
-            for index in range(self.config.accumulate):
-                if index % self.world.size == self.world.rank:
-                    found.append(self.data.next())
-                else:
-                    self.data.skip()
-        except TidarError as error:
-            self._lack = error
-            return None
-        except Interrupted:
-            return None
-        finally:
-            self._waited += time.monotonic() - begun
-        return found
-
-    def _complain(self, saved: bool) -> None:
-        """Raise on all ranks what one of them lacks, if any does."""
-
-        def work() -> None:
-            if self._lack:
-                rest = f"; step {self.progress.step} is saved, go on with --resume" if saved else ""
-                raise TidarError(f"{self._lack}{rest}") from self._lack
-
-        self.world.each(work)
 
     def _step(self, batches: list[PackedBatch]) -> None:
         config, progress = self.config, self.progress
@@ -229,7 +198,7 @@ class Trainer:
             "grad_norm": mean[4],
             "tokens_per_second": rate,
             # The host runs ahead of a GPU, which may still be busy meanwhile: its own idle time is less.
-            "data_wait": self.world.most(self._waited / max(1e-9, now - self._clock)),
+            "data_wait": self.world.most(self.feed.waited / max(1e-9, now - self._clock)),
             "peak_memory_gib": self.world.most(peak_memory_gib(self.model.device)),
         }
         self._pending.clear()
@@ -237,7 +206,8 @@ class Trainer:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._clock, self._clock_tokens, self._waited = time.monotonic(), self.progress.tokens, 0.0
+        self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
+        self.feed.waited = 0.0
 
     def _stop_at(self, step: int, place: dict[str, Any], row: Tensor) -> None:
         """Keep the batch that made the loss or its gradient infinite or NaN, all ranks' of it, and say where."""
