@@ -32,10 +32,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def write_recipe(path: Path, model: Path, text: Path, **changes: Any) -> Path:
-    """A recipe of 20 steps of six micro-batches."""
+def write_recipe(path: Path, model: Path, text: Path | str, *, streamed: bool = False, **changes: Any) -> Path:
+    """A recipe of 20 steps of six micro-batches; ``text`` is a folder, or files that are ``streamed``."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in {**RECIPE, "model": str(model), **changes}.items()]
-    lines += ["[data]", f"sources = [{json.dumps(str(text))}]", 'duplicates = "keep"', "holdout = 0.2"]
+    lines += ["[data]", 'duplicates = "keep"', "holdout = 0.2"]
+    if streamed:
+        lines += ["lanes = 6", "shuffle = 90", "workers = 1", "patience = 3", "[[data.streams]]", f'path = "{text}"']
+    else:
+        lines += [f"sources = [{json.dumps(str(text))}]"]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -89,6 +93,8 @@ def main(argv: list[str]) -> int:
 
     from tidar.checkpoint import save_model
     from tidar.cli import main as command
+    from tidar.data.streaming import StreamedData
+    from tidar.errors import TidarError
     from tidar.train import checkpoint, shards
     from tidar.train.step import Stepper
 
@@ -102,6 +108,9 @@ def main(argv: list[str]) -> int:
     def late(*args: Any, **options: Any) -> None:
         time.sleep(2)
         save_model(*args, **options)
+
+    def lack(_: Any) -> Any:
+        raise TidarError("the test's source was out of reach")
 
     def slowly(folder: Path, digests: Any) -> None:
         time.sleep(2)
@@ -129,6 +138,8 @@ def main(argv: list[str]) -> int:
             if what == "nan":
                 hidden = self.model.hidden
                 self.model.hidden = lambda *a, **k: hidden(*a, **k) * float("nan")  # type: ignore[method-assign]
+            if what == "lack":
+                StreamedData.next = lack  # type: ignore[assignment, method-assign]
             if what == "disk":
                 import resource
 

@@ -65,6 +65,30 @@ def test_toml_file(tmp_path: Path) -> None:
     assert based.data.sources == ("elsewhere",)
 
 
+def test_streams_are_tables(tmp_path: Path) -> None:
+    plan = load_recipe(str(Path(__file__).parent.parent / "docs" / "streams.toml"))
+    first, second = plan.data.streams
+    assert (first.path, first.weight, second.text_field) == ("HuggingFaceFW/fineweb-edu", 3, "text")
+    assert (plan.accumulate, plan.lanes) == (64, 64)
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "smoke"\n[data]\nsources = []\n[[data.streams]]\npath = "x"\nweigth = 2\n')
+    with pytest.raises(TidarError, match="streams: unknown field 'weigth'; Stream has path, name, .*weight"):
+        load_recipe(str(path))
+    path.write_text('[data]\nstreams = ["x"]\n')
+    with pytest.raises(TidarError, match="streams must be Stream, not 'x'"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "micro", "lanes"),
+    [(16, 128, 64, 16), (16, 128, 4, 32), (16, 4, 2, 4), (16, 60, 10, 30), (3, 8, 8, 4), (1, 8, 8, 1), (5, 7, 7, 7)],
+)
+def test_lanes_fit_rows_and_micro_batches(asked: int, rows: int, micro: int, lanes: int) -> None:
+    """As many as asked for or the next number of which a step's rows are a multiple, and a multiple of its parts."""
+    changes = {"seq_len": 8, "micro_batch": micro, "batch_tokens": 8 * rows, "data.lanes": asked}
+    assert load_recipe("smoke", changes).lanes == lanes
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

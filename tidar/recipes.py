@@ -126,7 +126,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def load_recipe(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
     """A named recipe, or a TOML file with `TrainConfig`'s fields.
 
-    In a file, ``base = "python-17m"`` starts from a named recipe; ``[data]`` and ``[arch]`` are tables.
+    In a file, ``base = "python-17m"`` starts from a named recipe; ``[data]`` and ``[arch]`` are tables,
+    and so is each ``[[data.streams]]``.
 
     Args:
         name: a key of `RECIPES`, or a path that ends in ``.toml``.
@@ -194,7 +195,10 @@ def _value(name: str, wanted: Any, value: Any, source: str) -> Any:
     elif origin is Literal:
         fits = value in get_args(wanted)
     elif origin is tuple:
-        fits = isinstance(value, (list, tuple)) and all(type(v) is get_args(wanted)[0] for v in value)
+        kind = get_args(wanted)[0]
+        if is_dataclass(kind) and isinstance(value, (list, tuple)):
+            return tuple(_value(name, kind, part, source) for part in value)
+        fits = isinstance(value, (list, tuple)) and all(type(v) is kind for v in value)
         value = tuple(value) if fits else value
     else:
         kinds = get_args(wanted) or (wanted,)  # of a union, or the type itself

@@ -7,12 +7,45 @@ from typing import Literal
 
 from tidar.errors import TidarError
 
-__all__ = ["DataConfig"]
+__all__ = ["MAX_PATIENCE", "DataConfig", "Stream"]
+
+MAX_PATIENCE = 480.0
+"""Seconds; less than the ten minutes for which ranks wait for one another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A data set that is read while training, through `datasets`; a `[[data.streams]]` table of a recipe."""
+
+    path: str
+    """Hub id, folder, or files: a path, pattern or URL that ends in `.jsonl`, `.json`, `.parquet` or `.txt`, each
+    perhaps compressed."""
+    name: str = ""
+    """Configuration of a hub data set that has several."""
+    split: str = "train"
+    """Split to read."""
+    data_files: tuple[str, ...] = ()
+    """Files of the folder or hub data set to read, patterns allowed; all by default."""
+    revision: str = ""
+    """Commit of a hub data set: pinned, it cannot change between a run and its continuation."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    weight: float = 1.0
+    """Share of the tokens, in relation to the other streams' weights."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise TidarError("a stream needs a path: a hub id, a folder or files")
+        if not 0 < self.weight < float("inf"):
+            raise TidarError(f"the weight of stream {self.path} must be above 0, not {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Sources and what is kept of them."""
+    """Sources and what is kept of them.
+
+    Either ``sources``, prepared before training, or ``streams``, read while training (docs/data.md).
+    """
 
     sources: tuple[str, ...] = ()
     """Folders of text or code, files (`.jsonl`, `.jsonl.gz`, `.parquet`, anything else as one text), Hugging Face
@@ -39,7 +72,21 @@ class DataConfig:
     similarity: float = 0.7
     """Share of common 5-word runs (Jaccard) from which two documents are near duplicates."""
     holdout: float = 0.02
-    """Share of documents held out for validation; what resembles one of them by half is not trained on."""
+    """Share of documents held out for validation; what resembles one of them by half is not trained on (of streams:
+    what equals one)."""
+
+    streams: tuple[Stream, ...] = ()
+    """Data sets read while training, mixed by weight; of the settings above `min_bytes`, `max_bytes` and `holdout`
+    count."""
+    lanes: int = 16
+    """Streams are divided among this many readers at least, whose rows a step has in equal parts; the order of the
+    data depends on it, and on the number of ranks or workers does not."""
+    shuffle: int = 262_144
+    """Tokens a lane reads at least before it shuffles the rows of them; after a resume it reads them again."""
+    workers: int = 4
+    """Processes in which a rank reads and tokenises streams ahead of its steps; 0: none, the steps wait for it."""
+    patience: float = 300.0
+    """Seconds for which a source that cannot be reached is asked again, ever more rarely, before the run stops."""
 
     @property
     def conversations(self) -> bool:
@@ -51,8 +98,13 @@ class DataConfig:
         """Fields or columns of a document that are read."""
         return self.turn_fields or (self.messages_field or self.text_field,)
 
+    @property
+    def setting(self) -> str:
+        """The setting that names them."""
+        return "turn_fields" if self.turn_fields else "messages_field" if self.messages_field else "text_field"
+
     def __post_init__(self) -> None:
-        if not self.sources:
+        if not self.sources and not self.streams:
             raise TidarError("no data sources: name at least one folder, file or hf: data set")
         if self.messages_field and self.turn_fields:
             raise TidarError("a conversation is in one field or in several: set messages_field or turn_fields")
@@ -60,6 +112,17 @@ class DataConfig:
             raise TidarError(f"turn_fields must be pairs of question and answer, not {list(self.turn_fields)}")
         if self.chat_template and not self.conversations:
             raise TidarError("a chat_template writes conversations: set messages_field or turn_fields too")
+        if self.streams and self.conversations:
+            raise TidarError("conversations are for sources, which are prepared before training: streams hold text")
+        if self.sources and self.streams:
+            raise TidarError("data has both sources and streams: give one, and [] for the other")
+        if self.streams and self.max_documents is not None:
+            raise TidarError("max_documents is for sources: with streams the run's tokens say how much is read")
+        for name, least in (("lanes", 1), ("shuffle", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise TidarError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.patience <= MAX_PATIENCE:
+            raise TidarError(f"patience must lie between 0 and {MAX_PATIENCE:.0f} seconds, not {self.patience}")
         if self.max_documents is not None and self.max_documents < 1:
             raise TidarError(f"max_documents must be at least 1, not {self.max_documents}")
         if not 0 <= self.min_bytes <= self.max_bytes:

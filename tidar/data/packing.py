@@ -13,7 +13,7 @@ hold few documents. The number of rows taken is all there is to resume.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from tidar.data.cache import open_cache
 from tidar.errors import TidarError
 
-__all__ = ["PackedBatch", "PackedData"]
+__all__ = ["PackedBatch", "PackedData", "pack"]
 
 Ints = NDArray[np.int64]
 
@@ -44,6 +44,16 @@ class PackedBatch(NamedTuple):
     starts: Tensor
     ends: Tensor
     learned: Tensor | None = None
+
+
+def pack(tokens: NDArray[Any], begin: Ints, seq_len: int) -> PackedBatch:
+    """Rows from the tokens (B * S,) of a batch, in which documents begin at the places ``begin``."""
+    size = len(tokens)
+    cuts = np.union1d(begin, np.arange(0, size, seq_len))
+    run = np.diff(cuts, append=size)
+    starts = np.repeat(cuts % seq_len, run)
+    parts = tokens.astype(np.int64), starts, starts + np.repeat(run, run)
+    return PackedBatch(*(torch.from_numpy(part.reshape(-1, seq_len)) for part in parts))
 
 
 class PackedData:
@@ -101,21 +111,18 @@ class PackedData:
         source, length = np.concatenate(sources), np.concatenate(lengths)
         begin = np.cumsum(length) - length  # each piece's place in the batch
         taken = np.repeat(source - begin, length) + np.arange(size)
-        tokens = self._tokens[taken].astype(np.int64)
-        cuts = np.union1d(begin, np.arange(0, size, self.seq_len))
-        run = np.diff(cuts, append=size)
-        starts = np.repeat(cuts % self.seq_len, run)
-        ends = np.repeat(cuts % self.seq_len + run, run)
-        shape = (self.batch_size, self.seq_len)
-        batch = PackedBatch(*(torch.from_numpy(a.reshape(shape)) for a in (tokens, starts, ends)))
+        batch = pack(self._tokens[taken], begin, self.seq_len)
         if self._learned is None:
             return batch
         learned = self._learned[taken].astype(bool) & np.repeat(np.concatenate(starting), length)
-        return batch._replace(learned=torch.from_numpy(learned.reshape(shape)))
+        return batch._replace(learned=torch.from_numpy(learned.reshape(batch.tokens.shape)))
 
     def skip(self) -> None:
         """Leave the next ``batch_size`` rows to another process."""
         self._row += self.batch_size
+
+    def close(self) -> None:
+        """Nothing to end here."""
 
     def _pieces(self, position: int, wanted: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
         """Documents, the first and last perhaps in part, that follow ``position`` in its epoch: offsets, lengths, and
@@ -149,11 +156,11 @@ class PackedData:
             self._shuffled = window, random.permutation(self._window)
         return window * self._window + int(self._shuffled[1][index])
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """How many rows were taken; batches may be cut differently after a resume."""
         return {"row": self._row, "seed": self.seed, "tokens": len(self._tokens), "seq_len": self.seq_len}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the state was taken.
 
         Raises:
@@ -161,9 +168,9 @@ class PackedData:
         """
         mine = self.state_dict()
         for name, what in (("seed", "seed"), ("tokens", "number of tokens"), ("seq_len", "row length")):
-            if state[name] != mine[name]:
+            if state.get(name) != mine[name]:
                 raise TidarError(
-                    f"cannot resume: the checkpoint's data had the {what} {state[name]}, these have {mine[name]}; "
+                    f"cannot resume: the checkpoint's data had the {what} {state.get(name)}, these have {mine[name]}; "
                     "resume with the data, row length and seed of the first run"
                 )
         self._row = state["row"]

@@ -15,7 +15,7 @@ from tidar.data.config import DataConfig
 from tidar.data.conversation import Message
 from tidar.errors import TidarError
 
-__all__ = ["Document", "documents", "identity"]
+__all__ = ["Document", "documents", "first_line", "identity", "no_field"]
 
 HUB = "hf:"
 RETRIES = 3  # without a document in between
@@ -82,7 +82,7 @@ def _local(source: str, config: DataConfig) -> Iterator[Document]:
             else:
                 yield Document(str(path), _utf8(path.read_bytes(), str(path)))
         except (OSError, EOFError, zlib.error) as error:
-            raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
+            raise TidarError(f"cannot read {path} ({first_line(error)}): mend it or take it out") from error
 
 
 def _utf8(data: bytes, origin: str) -> str:
@@ -114,14 +114,14 @@ def _parquet(path: Path, config: DataConfig) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             for field in config.fields:
                 if field not in file.schema_arrow.names:
-                    raise TidarError(_no_field(str(path), field, file.schema_arrow.names, config))
+                    raise TidarError(no_field(str(path), field, file.schema_arrow.names, config.setting))
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=list(config.fields)):
                 for row in batch.to_pylist():
                     number += 1
                     yield _document(row, config, f"{path} row {number}")
     except (ArrowException, UnicodeDecodeError) as error:
-        raise TidarError(f"cannot read {path} ({_first_line(error)}): mend it or take it out") from error
+        raise TidarError(f"cannot read {path} ({first_line(error)}): mend it or take it out") from error
 
 
 def _document(row: Any, config: DataConfig, origin: str) -> Document:
@@ -129,7 +129,7 @@ def _document(row: Any, config: DataConfig, origin: str) -> Document:
         raise TidarError(f"{origin} is no JSON object with a field {config.fields[0]!r}: mend the file")
     for field in config.fields:
         if field not in row:
-            raise TidarError(_no_field(origin, field, list(row), config))
+            raise TidarError(no_field(origin, field, list(row), config.setting))
     values = [row[field] for field in config.fields]
     if not config.conversations:
         return Document(origin, _text(values[0], config.text_field, origin))
@@ -164,12 +164,11 @@ def _text(text: Any, field: str, origin: str) -> str:
     return text
 
 
-def _no_field(origin: str, field: str, names: list[str], config: DataConfig) -> str:
-    setting = "turn_fields" if config.turn_fields else "messages_field" if config.messages_field else "text_field"
+def no_field(origin: str, field: str, names: list[str], setting: str = "text_field") -> str:
     return f"{origin} has no field {field!r}: set {setting} to one of {', '.join(map(repr, names))}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -195,10 +194,10 @@ def _hub(source: str, config: DataConfig) -> Iterator[Document]:
         except TidarError:
             raise
         except (FileNotFoundError, ValueError) as error:
-            raise TidarError(f"cannot read {source} ({_first_line(error)}): check its name and split") from error
+            raise TidarError(f"cannot read {source} ({first_line(error)}): check its name and split") from error
         except Exception as error:  # whatever the network libraries underneath raise
             failures += 1
             if failures > RETRIES:
-                why = _first_line(error)
+                why = first_line(error)
                 raise TidarError(f"{source} broke off after {taken} documents ({why}): try again later") from error
             time.sleep(PAUSE * 2 ** (failures - 1))

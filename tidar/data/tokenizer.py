@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["EOS", "MASK", "encode_documents", "end_of_text", "plain_encoder", "train_tokenizer", "vocabulary_digest"]
+__all__ = [
+    "EOS",
+    "MASK",
+    "encode_documents",
+    "encoder_of",
+    "end_of_text",
+    "plain_encoder",
+    "train_tokenizer",
+    "vocabulary_digest",
+]
 
 EOS = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -86,9 +95,15 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy that takes special tokens spelled out in a document for ordinary text."""
+    return encoder_of(tokenizer.backend_tokenizer.to_str())
+
+
+def encoder_of(description: str) -> Tokenizer:
+    """`plain_encoder` from the tokenizer's JSON, which another process may have sent: a pickled encoder would take
+    special tokens for such again."""
     from tokenizers import Tokenizer
 
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder = Tokenizer.from_str(description)
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()

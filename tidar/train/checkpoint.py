@@ -53,13 +53,13 @@ class Progress:
         step: optimizer steps done.
         tokens: clean tokens done.
         since: tokens at which the optimizer was last empty; its learning rate warms up from there.
-        data: position of the packed stream.
+        data: place in the data; of streams, while training, what this rank reads of them.
     """
 
     step: int
     tokens: int
     since: int
-    data: dict[str, int]
+    data: dict[str, Any]
 
 
 def checkpoints(out: Path) -> list[Path]:

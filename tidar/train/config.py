@@ -50,13 +50,15 @@ class TrainConfig:
     """Token ids of a tokenizer trained on the data."""
 
     data: DataConfig
-    """What to train on; prepared in `out`/data unless it is one folder of prepared data. Its hold-out validates."""
+    """What to train on; prepared in `out`/data unless it is one folder of prepared data, or streams. Its hold-out
+    validates."""
     seq_len: int = 1024
     """Clean tokens of a row; the forward holds twice as many."""
     batch_tokens: int = 131_072
     """Clean tokens of an optimizer step; a multiple of `micro_batch` rows."""
     micro_batch: int = 64
-    """Rows of one forward; fewer need less memory and change nothing else."""
+    """Rows of one forward; fewer need less memory and change nothing else (of streams: as long as `data.lanes` is a
+    multiple of the micro-batches of a step)."""
     mask_slice: int = 0
     """Masks of a row that one forward holds at most; 0: all, and the clean tokens with them. For long rows: less memory
     for somewhat more time, and nothing else changes."""
@@ -141,6 +143,13 @@ class TrainConfig:
     def accumulate(self) -> int:
         """Micro-batches of an optimizer step."""
         return self.batch_tokens // (self.micro_batch * self.seq_len)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of streamed data: the first number from `data.lanes` on that divides the rows of a step and that the
+        micro-batches divide; with as many rows as lanes at the most."""
+        rows = self.batch_tokens // self.seq_len
+        return next((n for n in range(self.data.lanes, rows) if rows % n == 0 == n % self.accumulate), rows)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "micro_batch", "tokens", "log_every", "keep_last", "eval_tokens"):

@@ -48,10 +48,11 @@ class Metrics:
         self._begun = time.monotonic()
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """One line about training; ``record`` has at least step, tokens, tokens_per_second and peak_memory_gib."""
+        """One line about training; ``record`` has at least step, tokens, tokens_per_second, data_wait and
+        peak_memory_gib."""
         self._write(record)
         shown = " · ".join(f"{k} {record[k]:.4f}" for k in ("loss", "ar", "draft", "kl") if k in record)
-        shown += f" · {record['peak_memory_gib']:.1f} GiB"
+        shown += f" · {record['peak_memory_gib']:.1f} GiB · {record['data_wait']:.1%} waiting for data"
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=record["tokens"], shown=shown, rate=record["tokens_per_second"])
         else:

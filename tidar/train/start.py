@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,8 +17,10 @@ from tidar.checkpoint import check_device, create_model, load_model
 from tidar.convert import add_mask
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
+from tidar.data.packing import PackedData
 from tidar.data.prepare import prepare
 from tidar.data.sources import documents
+from tidar.data.streaming import StreamedData, beginnings, hold_out
 from tidar.data.tokenizer import train_tokenizer
 from tidar.errors import TidarError
 from tidar.model import CausalLM
@@ -29,12 +31,13 @@ from tidar.train.world import ALONE, World
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["agreed", "data", "model", "note_job", "place", "same_job", "write_config"]
+__all__ = ["agreed", "data", "model", "note_job", "open_data", "place", "same_job", "write_config"]
 
 JOB = ".job"
 
 # What may differ between a run and its continuation: none of it changes a weight.
 FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds")
+FREE_DATA = ("workers", "patience")
 
 TOKENIZER_BYTES = 50_000_000  # of text; more changes the merges little
 
@@ -164,13 +167,19 @@ def _adapt(model: CausalLM, config: TrainConfig) -> None:
     model.adapters.mask_embedding.requires_grad_(config.adapter_embedding)
 
 
-def data(config: TrainConfig, model: CausalLM) -> tuple[Path, Path | None]:
-    """Folders of the prepared training data and of the hold-out, if there is one.
+def data(config: TrainConfig, model: CausalLM) -> tuple[Path | None, Path | None]:
+    """Folders of the prepared training data, unless they are streamed, and of the hold-out, if there is one.
 
     Raises:
         TidarError: a source is missing or broken, or prepared for a larger vocabulary than the model's.
     """
-    folder = prepare(config.data, cast("PreTrainedTokenizerFast", model.tokenizer), Path(config.out) / "data")
+    tokenizer, out = cast("PreTrainedTokenizerFast", model.tokenizer), Path(config.out) / "data"
+    if config.data.streams:
+        tokens = max(config.eval_tokens, config.micro_batch * config.seq_len)
+        return None, hold_out(
+            config.data, tokenizer, out, tokens=tokens, seed=config.seed
+        ) if config.data.holdout else None
+    folder = prepare(config.data, tokenizer, out)
     ids = open_cache(folder / "train").meta["vocab_size"]
     if ids > model.vocab_size:
         raise TidarError(
@@ -178,6 +187,23 @@ def data(config: TrainConfig, model: CausalLM) -> tuple[Path, Path | None]:
         )
     held_out = folder / "holdout"
     return folder / "train", held_out if held_out.is_dir() else None
+
+
+def open_data(
+    config: TrainConfig, model: CausalLM, folder: Path | None, place: dict[str, Any], rank: int = 0, size: int = 1
+) -> PackedData | StreamedData:
+    """The training data from ``place`` on, for one of ``size`` ranks; ``folder`` as `data` returned it."""
+    shape: dict[str, Any] = {"seq_len": config.seq_len, "batch_size": config.micro_batch, "seed": config.seed}
+    found: PackedData | StreamedData
+    if folder is None:
+        tokenizer = cast("PreTrainedTokenizerFast", model.tokenizer)
+        shape |= {"accumulate": config.accumulate, "lanes": config.lanes, "rank": rank, "size": size}
+        found = StreamedData(config.data, tokenizer, **shape)
+    else:
+        found = PackedData(folder, **shape)
+    if place:
+        found.load_state_dict(place)
+    return found
 
 
 def write_config(out: Path, config: TrainConfig) -> None:
@@ -199,6 +225,8 @@ def _check_same(out: Path, config: TrainConfig) -> None:
             f"cannot read {out / 'config.json'} ({error}): restore it, or start again elsewhere"
         ) from error
     now = json.loads(json.dumps(asdict(config)))
+    for name in FREE_DATA:
+        now["data"].pop(name), before.get("data", {}).pop(name, None)
     for name in now:
         if name not in FREE and before.get(name) != now[name]:
             raise TidarError(
@@ -210,7 +238,10 @@ def _check_same(out: Path, config: TrainConfig) -> None:
 def _tokenizer(config: TrainConfig) -> Path:
     folder = Path(config.out) / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(_texts(config.data), vocab_size=config.vocab_size, out=folder)
+    texts = _texts(config.data)
+    if config.data.streams:
+        texts = beginnings(config.data, size=TOKENIZER_BYTES, seed=config.seed)
+    train_tokenizer(texts, vocab_size=config.vocab_size, out=folder)
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from tidar.data.packing import PackedBatch, PackedData
+from tidar.data.streaming import StreamedData
 from tidar.errors import TidarError
 from tidar.model import CausalLM
 from tidar.train import checkpoint, parallel, shards, start
 from tidar.train.checkpoint import Progress
 from tidar.train.config import TrainConfig
+from tidar.train.feed import Feed
 from tidar.train.inputs import draw_blocks
 from tidar.train.metrics import Metrics, Silence, peak_memory_gib
 from tidar.train.optimizer import learning_rate
@@ -113,17 +115,20 @@ class Trainer:
         for note in notes:
             self.metrics.say(note)
         self._saver = shards.Saver(self.out, world, keep_last=config.keep_last)
-        self._pending: list[tuple[int, dict[str, int], float, Tensor]] = []
-        self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
+        self._pending: list[tuple[int, dict[str, Any], float, Tensor]] = []
+        self.feed = Feed(self.data, config.accumulate, world)
+        self._restart_clock()
         self._saved = self.progress.step if source is not None and not continue_from else -1
 
-    def _opened(self, folder: Path, held_out: Path | None) -> tuple[PackedData, Validation | None]:
+    def _opened(
+        self, folder: Path | None, held_out: Path | None
+    ) -> tuple[PackedData | StreamedData, Validation | None]:
         """The training data at their place, and the hold-out's sample."""
-        config = self.config
-        data = PackedData(folder, seq_len=config.seq_len, batch_size=config.micro_batch, seed=config.seed)
-        if self.progress.data:
-            data.load_state_dict(self.progress.data)
-        return data, None if held_out is None else Validation(config, self.model, held_out)
+        self._folder = folder
+        place, world = self.progress.data, self.world
+        data = start.open_data(self.config, self.model, folder, place, world.rank, world.size)
+        self.progress.data = data.state_dict()
+        return data, None if held_out is None else Validation(self.config, self.model, held_out)
 
     def run(self) -> Result:
         try:
@@ -131,14 +136,29 @@ class Trainer:
             self._saver.wait()
             return result
         finally:
+            self.data.close()
             self._saver.abandon()
             self.metrics.close()
 
     def _run(self) -> Result:
         config, progress = self.config, self.progress
+        begun = progress.step
         with Stop(config.max_seconds) as stop:
+            self.feed.until(lambda: stop.reason > 0)
             while progress.tokens < config.tokens:
-                self._step()
+                batches = self.feed.take()
+                wish = stop.reason if progress.step > begun or batches is None else 0
+                reason = self.feed.reason(wish)
+                if batches is None or reason:
+                    rest = ""
+                    if progress.step > begun:
+                        self._save()
+                        rest = f"; step {progress.step} is saved, go on with --resume"
+                    self._saver.wait()
+                    self.feed.complain(rest)
+                    self.metrics.say(f"stopped {stop.said(reason)} at step {progress.step}; go on with --resume")
+                    return Result(None, progress.step, progress.tokens)
+                self._step(batches)
                 last = progress.tokens >= config.tokens
                 if last or progress.step % config.log_every == 0:
                     self._log()
@@ -146,33 +166,15 @@ class Trainer:
                     self._validate()
                 if last or _due(progress.step, config.save_every):
                     self._save()
-                reason = 0 if last else int(self.world.most(stop.reason))
-                if reason:
-                    self._save()
-                    self._saver.wait()
-                    self.metrics.say(f"stopped {stop.said(reason)} at step {progress.step}; go on with --resume")
-                    return Result(None, progress.step, progress.tokens)
             return Result(self._export(), progress.step, progress.tokens)
 
-    def _step(self) -> None:
+    def _step(self, batches: list[PackedBatch]) -> None:
         config, progress = self.config, self.progress
-        place = self.data.state_dict()
-        batches = self._batches(self.world.rank, self.world.size)
         lr = learning_rate(config, progress.tokens, progress.since)
-        self._pending.append((progress.step, place, lr, self.stepper(batches, progress.step, lr)))
+        self._pending.append((progress.step, progress.data, lr, self.stepper(batches, progress.step, lr)))
         progress.step += 1
         progress.tokens += config.batch_tokens
         progress.data = self.data.state_dict()
-
-    def _batches(self, rank: int = 0, size: int = 1) -> list[PackedBatch]:
-        """The micro-batches of the next step, of those that fall to ``rank`` of ``size``."""
-        found = []
-        for index in range(self.config.accumulate):
-            if index % size == rank:
-                found.append(self.data.next())
-            else:
-                self.data.skip()
-        return found
 
     def _log(self) -> None:
         """Write the mean of the steps since the last line; the one place where the host waits for the GPU."""
@@ -195,6 +197,8 @@ class Trainer:
             "lr": self._pending[-1][2],
             "grad_norm": mean[4],
             "tokens_per_second": rate,
+            # The host runs ahead of a GPU, which may still be busy meanwhile: its own idle time is less.
+            "data_wait": self.world.most(self.feed.waited / max(1e-9, now - self._clock)),
             "peak_memory_gib": self.world.most(peak_memory_gib(self.model.device)),
         }
         self._pending.clear()
@@ -203,18 +207,21 @@ class Trainer:
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.monotonic(), self.progress.tokens
+        self.feed.waited = 0.0
 
-    def _stop_at(self, step: int, place: dict[str, int], row: Tensor) -> None:
+    def _stop_at(self, step: int, place: dict[str, Any], row: Tensor) -> None:
         """Keep the batch that made the loss or its gradient infinite or NaN, all ranks' of it, and say where."""
-        self.data.load_state_dict(place)
-        batches = self._batches()
+        place = self._gathered(place)
         ranks = (~row[5:].isfinite()).nonzero().flatten().tolist()
         path = self.out / f"bad-batch-{step:08d}.pt"
         kept = {"step": step, "blocks": asdict(draw_blocks(self.config, step)), "values": row[:5], "ranks": ranks}
-        parts = [name for name, part in batches[0]._asdict().items() if part is not None]
-        kept |= {name: torch.cat([getattr(batch, name) for batch in batches]) for name in parts}
 
         def stop() -> None:
+            data = start.open_data(self.config, self.model, self._folder, place)
+            batches = [data.next() for _ in range(self.config.accumulate)]
+            data.close()
+            parts = [name for name, part in batches[0]._asdict().items() if part is not None]
+            kept.update({name: torch.cat([getattr(batch, name) for batch in batches]) for name in parts})
             torch.save(kept, path)
             where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
             raise TidarError(
@@ -222,8 +229,12 @@ class Trainer:
                 "raise warmup, and go on from the last checkpoint"
             )
 
-        self._saver.wait()
         self.world.first(stop)
+
+    def _gathered(self, place: dict[str, Any]) -> dict[str, Any]:
+        """The place in the data that all ranks' together are."""
+        self._saver.wait()  # one at a time may talk to other ranks
+        return {name: value for part in self.world.gather(place) for name, value in part.items()}
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -238,23 +249,26 @@ class Trainer:
     def _save(self) -> None:
         self._log()  # nothing that is not finite is ever saved
         if self._saved != self.progress.step:
-            optimizer = self.stepper.optimizer
+            optimizer, progress = self.stepper.optimizer, self._whole_progress()
             if self.world.size > 1:
-                self._saver.save(self.model, optimizer, self.progress)
+                self._saver.save(self.model, optimizer, progress)
             else:
                 keep = self.config.keep_last
-                checkpoint.save_checkpoint(self.out, self.model, optimizer, self.progress, keep_last=keep)
+                checkpoint.save_checkpoint(self.out, self.model, optimizer, progress, keep_last=keep)
             self._saved = self.progress.step
         self._restart_clock()
+
+    def _whole_progress(self) -> Progress:
+        return replace(self.progress, data=self._gathered(self.progress.data))
 
     def _export(self) -> Path:
         """The final model: weights alone, in bf16 if the run used it, and its progress for who wants to go on."""
         final = self.out / "model"
         weights = parallel.whole_weights(self.model, self.world) if self.world.size > 1 else None
-        self._saver.wait()
+        progress = self._whole_progress()
 
         def write() -> None:
-            checkpoint.save_weights(final, self.model, self.progress, dtype=self.config.dtype, weights=weights)
+            checkpoint.save_weights(final, self.model, progress, dtype=self.config.dtype, weights=weights)
 
         self.world.first(write)
         return final
