@@ -150,6 +150,25 @@ def test_memory_is_shared_and_recomputed() -> None:
     assert fast.tokens_per_second == pytest.approx(slow.tokens_per_second * 4 / 3)
 
 
+def test_slices_and_adapters_need_less() -> None:
+    size, plain = sizes(big(seq_len=16384, micro_batch=1)), big(seq_len=16384, micro_batch=1)
+    sliced = replace(plain, mask_slice=2048)
+    whole, less = memory(size, plain, 8), memory(size, sliced, 8)
+    assert less.activations < 0.7 * whole.activations and less.logits <= whole.logits
+    assert (less.weights, less.gradients, less.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
+    assert work(size, sliced) == work(size, plain)
+    adapted = replace(plain, adapter_rank=64, model="base")
+    frozen = memory(size, adapted, 8)
+    layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288)
+    assert frozen.gradients == 4 * 64 * layer * 36 / 8
+    assert frozen.weights == whole.weights + frozen.gradients and frozen.optimizer == 2 * frozen.gradients
+    assert frozen.activations < 0.6 * whole.activations, "the text keeps nothing but its keys and values"
+    # Of the products three parts in six are left, of the attention the text's forward and all of the masks'.
+    text, masks = (4 * 4096 * 36 * keys for keys in (8192, 8192 + 16))
+    products = work(size, plain).training - 3 * (text + masks)
+    assert work(size, adapted).training == products / 2 + text + 3 * masks
+
+
 def test_mfu_between_and_beyond_measured_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MEASURED", {400: 0.2, 1600: 0.4})
     assert [round(expected_mfu(width), 6) for width in (100, 400, 800, 1600, 6400)] == [0.2, 0.2, 0.3, 0.4, 0.4]

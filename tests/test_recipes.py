@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from train_data import records
+from transformers import AutoConfig
 
 import tidar
+from tidar.bench.shapes import SHAPES
 from tidar.errors import TidarError
 from tidar.recipes import RECIPES, load_recipe
+from tidar.train.plan import ROOM, memory
+from tidar.train.sizes import sizes_of
 from tidar.train.trainer import train
 
 
@@ -27,6 +33,49 @@ def test_the_control_sees_what_tidar_sees() -> None:
     named, plain = RECIPES["python-17m"], RECIPES["python-17m-control"]
     differing = {k for k in {*named, *plain} if named.get(k) != plain.get(k)}
     assert differing == {"out", "objective", "tokens", *drafting}
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "sizes"),
+    [
+        ("qwen2.5-1.5b", 50, (4, 8, 16)),
+        ("qwen2.5-1.5b-control", 50, None),
+        ("qwen3-8b", 150, (16,)),
+    ],
+)
+def test_recipes_of_the_paper(name: str, billions: int, sizes: tuple[int, ...] | None) -> None:
+    """Section 4.1: 2 M tokens a batch, 4096 a row, 1e-5 to 3e-6 by a cosine after 1 %, equal weights of both losses."""
+    plan = load_recipe(name)
+    assert plan.tokens == billions * 10**9 and (plan.batch_tokens, plan.seq_len) == (2**21, 4096)
+    assert (plan.lr, plan.min_lr, plan.warmup, plan.optimizer) == (1e-5, 3e-6, 0.01, "adamw")
+    assert (plan.alpha, plan.kl_weight, plan.draft_text, plan.masking) == (1.0, 0.0, "corpus", "full")
+    assert plan.objective == "ar" if sizes is None else plan.block_sizes == sizes
+
+
+@pytest.mark.parametrize("shape", ["qwen2.5-1.5b", "qwen3-8b"])
+def test_recipes_of_the_paper_fit(shape: str) -> None:
+    """On 8 GPUs of 80 GiB, by the count of `--plan`; and on as many as have a micro-batch each."""
+    size = sizes_of(AutoConfig.for_model(**SHAPES[shape]))
+    for name in (recipe for recipe in RECIPES if recipe.startswith(shape)):
+        plan = load_recipe(name)
+        assert memory(size, plan, 8).total < ROOM * 80 * 2**30
+        assert memory(size, replace(plan, micro_batch=2 * plan.micro_batch), 8).total > 0.7 * ROOM * 80 * 2**30
+        assert plan.accumulate % 128 == 0
+
+
+def test_instruction_tuning(tmp_path: Path) -> None:
+    """The recipe as it is, for two steps on a CPU, on lines like those of its data."""
+    lines = [
+        json.dumps({"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"}) for n in range(60)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    changes = {"data.sources": (str(tmp_path / "train.jsonl"),), "device": "cpu", "dtype": "fp32"}
+    small = {"seq_len": 64, "micro_batch": 1, "batch_tokens": 64, "tokens": 128, "eval_tokens": 64}
+    result = train(load_recipe("gsm8k", {**changes, **small, "out": str(tmp_path / "run")}))
+    model = tidar.load(str(result.model))
+    messages = [{"role": "user", "content": "What is 2 + 1?"}]
+    asked = model.core.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert asked == "Question: What is 2 + 1?\nAnswer: "
 
 
 def test_changes_reach_into_tables() -> None:

@@ -81,51 +81,64 @@ def memory(size: Sizes, config: TrainConfig, gpus: int) -> Memory:
     """Of one of ``gpus`` that share the run, when it holds most: at a micro-batch's loss."""
     low = 2 if config.dtype == "bf16" else 4
     halves = 2 if config.objective == "tidar" else 1
-    rows = config.micro_batch * config.seq_len * halves
+    text = config.micro_batch * config.seq_len
+    pairs = config.adapter_rank * size.ends * size.layers
     matrices = size.layer * size.layers
     rest = size.total - matrices
+    trained = pairs or size.total
     momenta = 4 if config.optimizer == "muon" else 8
-    optimizer = (momenta * matrices + 8 * rest) / gpus
+    optimizer = momenta * pairs / gpus if pairs else (momenta * matrices + 8 * rest) / gpus
     if gpus > 1 and config.optimizer == "muon":
-        optimizer += 4 * matrices / gpus  # the whole copies that their owners step
+        optimizer += 4 * (pairs or matrices) / gpus  # the whole copies that their owners step
     if gpus > 1:
         # The last group in fp32 with its gradient, and two layers: one at work, one on its way.
         gathered = 8.0 * rest + 2 * low * size.layer
     else:
         gathered = float(low * size.total) if low < 4 else 0.0
-    widths = size.queries + 2 * size.keys
-    layer = (
-        8 * size.width  # the residual stream twice, in fp32
-        + 2 * low * size.width  # both norms' outputs
-        + low * (widths + size.queries + size.keys)  # projections, then rotated ones
-        + low * size.queries  # what attention returned
-        + 4 * size.heads  # its normalisers
-        + 3 * low * size.inner  # gate, up and their product
-    )
+    each, keys = _layer(size, low), 2 * size.keys * size.layers
+    masks = 0 if halves == 1 else text
+    apart = halves == 2 and (config.mask_slice or pairs)
+    if apart and config.mask_slice:
+        masks = config.micro_batch * min(config.mask_slice, config.seq_len)
+    rows = masks if pairs else text + masks  # that have a backward
     if config.activation_checkpointing:
-        activations = rows * (4.0 * size.width * size.layers + layer)
+        activations = rows * 4.0 * size.width * size.layers + max(text, masks) * each
     else:
-        activations = 1.0 * rows * layer * size.layers
-    chunk = min(CHUNK_ELEMENTS, rows * size.vocab)
+        activations = 1.0 * rows * each * size.layers
+    if apart:
+        activations += low * keys * text + (0 if pairs else 4 * keys * text)  # as leaves, and their gradients
+        copies = 1 if config.activation_checkpointing else size.layers
+        activations += low * keys / size.layers * copies * (text + masks)  # before a slice's own
+    seen = text + masks if not apart else max(text, masks)
+    chunk = min(CHUNK_ELEMENTS, seen * size.vocab)
     # Logits in fp32 and their gradient as the products want it; hidden states, pairs and their gradients in fp32.
-    logits = (4.0 + low) * chunk + 3 * 4.0 * rows * size.width
+    logits = (4.0 + low) * chunk + 3 * 4.0 * seen * size.width
     rollout = 0.0
     if config.draft_text == "model" and halves == 2:
-        tokens = config.micro_batch * config.seq_len
-        blocks = tokens / min(config.block_sizes)
-        kept = 2 * low * size.keys * size.layers * tokens * 2  # text and continuations
-        # Logits, what may not be said taken out, and the noise of sampling; the teacher's states stay.
-        rollout = kept + 4.0 * tokens * size.width + 3 * 4.0 * blocks * size.vocab
-        if kept + 12.0 * blocks * size.vocab < activations + logits:
-            rollout = 4.0 * tokens * size.width  # the rest is gone when the forward begins
+        blocks = text / min(config.block_sizes)
+        kept = 2 * low * keys * text + 12.0 * blocks * size.vocab  # keys of text and drafts; logits, less bans, noise
+        rollout = 4.0 * text * size.width  # the teacher's states stay, the rest is gone when the forward begins
+        rollout += max(0.0, kept - activations - logits)
     return Memory(
-        weights=4.0 * size.total / gpus,
-        gradients=4.0 * size.total / gpus,
+        weights=4.0 * (size.total + pairs) / gpus,
+        gradients=4.0 * trained / gpus,
         optimizer=optimizer,
         gathered=gathered,
         activations=activations,
         logits=logits,
         rollout=rollout,
+    )
+
+
+def _layer(size: Sizes, low: int) -> int:
+    """Bytes of a row that a layer keeps for its backward, ``low`` of them a number in the products' dtype."""
+    return (
+        8 * size.width  # the residual stream twice, in fp32
+        + 2 * low * size.width  # both norms' outputs
+        + low * (size.queries + 2 * size.keys + size.queries + size.keys)  # projections, then rotated ones
+        + low * size.queries  # what attention returned
+        + 4 * size.heads  # its normalisers
+        + 3 * low * size.inner  # gate, up and their product
     )
 
 

@@ -30,6 +30,7 @@ class Sizes:
         heads: query heads.
         inner: width of the MLP; of a mixture of experts that of all experts a token goes through.
         active: parameters of one layer's matrices that a token meets.
+        ends: rows and columns of one layer's matrices, added up: parameters of adapters of rank 1.
         attending: layers with a sliding window, as (window or None, how many).
     """
 
@@ -44,6 +45,7 @@ class Sizes:
     heads: int
     inner: int
     active: int
+    ends: int
     attending: tuple[tuple[int | None, int], ...]
 
     @property
@@ -97,6 +99,7 @@ def sizes_of(found: PretrainedConfig, transition: int = 0) -> Sizes:
         heads=int(found.num_attention_heads),
         inner=inner * (chosen if experts > 1 else 1),
         active=layer - expert + expert * chosen // experts,
+        ends=sum(sum(w.shape) for w in matrices.values() if w.ndim == 2),
         attending=tuple((window, windows.count(window)) for window in dict.fromkeys(windows)),
     )
 
@@ -120,7 +123,8 @@ class Work:
 
 def work(size: Sizes, config: TrainConfig) -> Work:
     """Useful operations, as in PaLM's appendix B: 6 for each parameter of a product, and the attention. Documents are
-    taken to fill their rows. What activation checkpointing computes again is not useful."""
+    taken to fill their rows. What activation checkpointing computes again is not useful. Of a frozen model the text
+    goes forward alone, and its masks' backward needs no gradient of a weight; adapters themselves are not counted."""
     halves = 2 if config.objective == "tidar" else 1
     length, k = config.seq_len, max(config.block_sizes)
 
@@ -128,12 +132,12 @@ def work(size: Sizes, config: TrainConfig) -> Work:
         return sum(4.0 * size.queries * min(keys, window or keys) * count for window, count in size.attending)
 
     body, head = 2.0 * size.active * size.layers, 2.0 * size.vocab * size.width
-    forward = halves * (body + head) + attention(length / 2)
-    if halves == 2:
-        forward += attention(length / 2 + k)
+    text = body + head + attention(length / 2)
+    masks = body + head + attention(length / 2 + k) if halves == 2 else 0.0
+    training = text + 2 * masks + attention(length / 2 + k) if config.adapter_rank else 3 * (text + masks)
     rollout = 0.0
     if halves == 2 and config.draft_text == "model":
         # The text once, without the head; then each place of each block, with the head twice: to choose the token, and
         # as the draft's teacher.
         rollout = 2 * body + 2 * head + attention(length / 2) + attention(length / 2 + k / 2)
-    return Work(training=3 * forward, rollout=rollout)
+    return Work(training=training, rollout=rollout)
