@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tidar import layout
-from tidar.checkpoint import create_model
 from tidar.config import Architecture, SamplingParams
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.tidar import TidarDecoder
+from tidar.fresh import create_model
 from tidar.model import CausalLM
 from tidar.sampling import RowParams, process
 

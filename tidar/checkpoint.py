@@ -18,30 +18,20 @@ from typing import Any
 
 import safetensors.torch as safetensors
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from tidar import adapter_files, attention
-from tidar.config import Architecture
 from tidar.errors import TidarError
 from tidar.families import check_config
 from tidar.kernels.quantised import check_kind
-from tidar.model import KEY, TRANSITION, CausalLM, Spec
+from tidar.model import KEY, TRANSITION, CausalLM
 from tidar.quantised import quantise_model
 
 __all__ = [
     "check_device",
-    "create_model",
     "embedded_checkpoint",
-    "fresh_config",
     "load_model",
     "load_tokenizer",
     "read_config",
@@ -151,35 +141,6 @@ def _load_transition(model: CausalLM, name: str) -> None:
     model.add_transition(model.spec.transition).load_state_dict(safetensors.load_file(path))
 
 
-def create_model(arch: Architecture, tokenizer_dir: str | os.PathLike[str], *, seed: int = 0) -> CausalLM:
-    """A freshly initialised Qwen3 model in fp32 for the tokenizer in ``tokenizer_dir``.
-
-    Raises:
-        TidarError: the tokenizer has no mask token.
-    """
-    from transformers import GenerationConfig, Qwen3ForCausalLM
-
-    tokenizer = load_tokenizer(tokenizer_dir)
-    if tokenizer.mask_token_id is None:
-        raise TidarError(f"the tokenizer in {tokenizer_dir} has no mask token: add one (mask_token) and save it again")
-    config = fresh_config(arch, len(tokenizer))
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config._attn_implementation = attention.NAME
-    setattr(config, KEY, asdict(Spec(mask_token_id=tokenizer.mask_token_id)))
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    hf = Qwen3ForCausalLM(config).float()
-    torch.random.set_rng_state(state)
-    hf.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[tokenizer.mask_token_id, *range(len(tokenizer), config.vocab_size)],
-    )
-    model = CausalLM(hf, tokenizer, "a fresh model")
-    model.probe()
-    return model
-
-
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder.
 
@@ -191,23 +152,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         raise TidarError(f"no tokenizer in {name}: prepare the corpus first (runs/corpus.py), or name another folder")
     tokenizer: PreTrainedTokenizerBase = _guarded(name, True, lambda: AutoTokenizer.from_pretrained(name))
     return tokenizer
-
-
-def fresh_config(arch: Architecture, tokens: int) -> Qwen3Config:
-    """Of a fresh Qwen3 model for so many token ids; the embedding has a multiple of 64 rows."""
-    return Qwen3Config(
-        vocab_size=-(-tokens // 64) * 64,
-        hidden_size=arch.hidden_size,
-        num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads,
-        num_key_value_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        intermediate_size=arch.intermediate_size,
-        max_position_embeddings=arch.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": arch.rope_theta},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-    )
 
 
 def save_model(

@@ -29,17 +29,8 @@ from torch import Tensor
 from tidar.errors import TidarError
 
 __all__ = [
-    "Layout",
-    "all_proposals",
-    "causal",
-    "check_proposals",
-    "masks",
-    "packed",
-    "prefill",
-    "rollout",
-    "step",
-    "training",
-]
+    "Layout", "all_proposals", "causal", "check_proposals", "masks", "packed", "prefill", "rollout", "step", "training",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,8 +227,8 @@ def training(starts: Tensor, ends: Tensor, k: Tensor | int, phase: Tensor | int 
     rows, size = starts.shape
     slots = torch.arange(size, device=starts.device).expand(rows, size)
     position = slots - starts
-    block_first = torch.maximum(starts, starts + torch.div(position + phase, k, rounding_mode="floor") * k - phase)
-    block_end = torch.minimum(ends, starts + (torch.div(position + phase, k, rounding_mode="floor") + 1) * k - phase)
+    first = starts + torch.div(position + phase, k, rounding_mode="floor") * k - phase
+    block_first, block_end = torch.maximum(starts, first), torch.minimum(ends, first + k)
     nothing = torch.zeros_like(slots)
     return Layout(
         positions=torch.cat([position, position], 1),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sysconfig
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from tidar.errors import TidarError
+from tidar.tables import build, merged, read_toml
 from tidar.train.config import TrainConfig
 
 __all__ = ["RECIPES", "load_recipe"]
@@ -236,73 +235,18 @@ def load_recipe(name: str, changes: Mapping[str, Any] = MappingProxyType({})) ->
         TidarError: unknown recipe, unknown field, or a value of the wrong type.
     """
     if name.endswith(".toml"):
-        values = _read(Path(name))
+        values = read_toml(Path(name))
         base = values.pop("base", None)
-        values = values if base is None else _merged(_named(base), values)
+        values = values if base is None else merged(_named(base), values)
     else:
         values = dict(_named(name))
     for path, value in changes.items():
         first, _, rest = path.partition(".")
-        values = _merged(values, {first: {rest: value} if rest else value})
-    return _build(TrainConfig, values, name)  # type: ignore[no-any-return]
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``; tables are merged, everything else replaced."""
-    merged = dict(base)
-    for name, value in changes.items():
-        below = merged.get(name)
-        tables = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[name] = _merged(below or {}, value) if tables else value
-    return merged
+        values = merged(values, {first: {rest: value} if rest else value})
+    return build(TrainConfig, values, name)  # type: ignore[no-any-return]
 
 
 def _named(name: str) -> Mapping[str, Any]:
     if name not in RECIPES:
         raise TidarError(f"unknown recipe '{name}': use one of {', '.join(RECIPES)}, or a .toml file")
     return RECIPES[name]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TidarError(f"cannot read {path} ({error.strerror}): name a recipe or a TOML file that exists") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TidarError(f"{path} is not valid TOML: {error}") from error
-
-
-def _build(kind: Any, values: Mapping[str, Any], source: str) -> Any:
-    known = [field.name for field in fields(kind)]
-    types = get_type_hints(kind)
-    for name in values:
-        if name not in known:
-            raise TidarError(f"{source}: unknown field '{name}'; {kind.__name__} has {', '.join(known)}")
-    for field in fields(kind):
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in values:
-            raise TidarError(f"{source}: {field.name} is missing; give it in the recipe")
-    return kind(**{name: _value(name, types[name], value, source) for name, value in values.items()})
-
-
-def _value(name: str, wanted: Any, value: Any, source: str) -> Any:
-    """``value`` as a field of type ``wanted``: an int is a float too, a list a tuple, a table a dataclass."""
-    origin = get_origin(wanted)
-    if is_dataclass(wanted):
-        if isinstance(value, Mapping):
-            return _build(wanted, value, f"{source}: {name}")
-        fits = isinstance(value, wanted)  # type: ignore[arg-type]
-    elif origin is Literal:
-        fits = value in get_args(wanted)
-    elif origin is tuple:
-        kind = get_args(wanted)[0]
-        if is_dataclass(kind) and isinstance(value, (list, tuple)):
-            return tuple(_value(name, kind, part, source) for part in value)
-        fits = isinstance(value, (list, tuple)) and all(type(v) is kind for v in value)
-        value = tuple(value) if fits else value
-    else:
-        kinds = get_args(wanted) or (wanted,)  # of a union, or the type itself
-        fits = type(value) in kinds or (float in kinds and type(value) is int)
-    if not fits:
-        shown = " | ".join(map(str, get_args(wanted))) if origin is Literal else getattr(wanted, "__name__", wanted)
-        raise TidarError(f"{source}: {name} must be {shown}, not {value!r}")
-    return value

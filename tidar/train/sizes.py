@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from tidar.checkpoint import fresh_config, load_tokenizer, read_config
+from tidar.checkpoint import load_tokenizer, read_config
+from tidar.fresh import fresh_config
 from tidar.model import KEY
 from tidar.train.config import TrainConfig
 

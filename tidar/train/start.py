@@ -13,7 +13,7 @@ import torch
 
 from tidar import adapter_files
 from tidar.adapters import AdapterSpec
-from tidar.checkpoint import check_device, create_model, load_model
+from tidar.checkpoint import check_device, load_model
 from tidar.convert import add_mask
 from tidar.data.cache import open_cache
 from tidar.data.config import DataConfig
@@ -23,6 +23,7 @@ from tidar.data.sources import documents
 from tidar.data.streaming import StreamedData, beginnings, hold_out
 from tidar.data.tokenizer import train_tokenizer
 from tidar.errors import TidarError
+from tidar.fresh import create_model
 from tidar.model import CausalLM
 from tidar.train import checkpoint
 from tidar.train.config import TrainConfig
