@@ -34,6 +34,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "kl": {"kl_weight": 1.0},
     "mix": {"kl_weight": 0.5},
     "three quarters": {"kl_weight": 0.75},
+    "from text to KL": {"kl_from": 0.0, "kl_weight": 1.0},
+    "from KL to text": {"kl_from": 1.0, "kl_weight": 0.0},
     "one block size": {"block_sizes": (16,)},
     "half the rate": {"lr": 2e-3},
     "twice the rate": {"lr": 8e-3},

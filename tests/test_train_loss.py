@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from train_data import gradients, pack, plain_logits
 
 from tidar import layout
 from tidar.checkpoint import load_model
+from tidar.data.config import DataConfig
 from tidar.data.packing import PackedBatch
 from tidar.model import CausalLM
+from tidar.train.config import TrainConfig
 from tidar.train.inputs import Blocks, make_inputs
 from tidar.train.loss import Targets, count, train_loss
 
@@ -59,7 +62,12 @@ def paper_loss(
 
 
 def ours(
-    model: CausalLM, batch: PackedBatch, blocks: Blocks | None, alpha: float, kl_weight: float, elements: int = 2**28
+    model: CausalLM,
+    batch: PackedBatch,
+    blocks: Blocks | None,
+    alpha: float,
+    kl_weight: float | Tensor,
+    elements: int = 2**28,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = make_inputs(batch, blocks, mask_id=model.mask_id, device=CPU)
     hidden = model.hidden(inputs.tokens, inputs.layout)
@@ -245,3 +253,17 @@ def test_packed_layout_is_causal_within_documents() -> None:
     plan = layout.packed(batch.starts)
     assert plan.causal[0].tolist() == [[0, 1], [0, 2], [2, 3], [2, 4], [2, 5]]
     assert plan.positions[0].tolist() == [0, 1, 0, 1, 2]
+
+
+def test_kl_moves_from_one_share_to_another(model: CausalLM) -> None:
+    plan = TrainConfig(data=DataConfig(sources=("x",)), tokens=1000, kl_from=0.2, kl_weight=0.6)
+    assert [plan.kl_at(tokens) for tokens in (0, 500, 1000, 2000)] == pytest.approx([0.2, 0.4, 0.6, 0.6])
+    assert replace(plan, kl_from=None).kl_at(0) == replace(plan, kl_from=None).kl_at(999) == 0.6
+    assert replace(plan, kl_from=None, kl_weight=0.0).kl_at(5) is None
+    assert replace(plan, kl_from=1.0, kl_weight=0.0).kl_at(750) == pytest.approx(0.25)
+    batch = pack(ROWS)
+    for share in (0.0, 0.25, 1.0):  # as a tensor the same as a number; of 0 too, where KL is computed for the record
+        by_number, wanted = ours(model, batch, Blocks(4, 1), 1.0, share)
+        by_tensor, found = ours(model, batch, Blocks(4, 1), 1.0, torch.tensor(share))
+        assert torch.equal(by_number[:3], by_tensor[:3]) and by_tensor[3] > 0
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)

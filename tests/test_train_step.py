@@ -88,3 +88,14 @@ def test_bf16_keeps_weights_and_optimizer_in_fp32(base: Path, root: Path) -> Non
     assert moments == {torch.float32}
     assert float(values[0]) == pytest.approx(float(exact[0]), rel=0.02)
     assert float(values[0]) != float(exact[0])
+
+
+def test_the_share_of_kl_moves_with_the_steps(base: Path, root: Path) -> None:
+    """12 steps: half way between both shares after 6."""
+    moving = config(root, base, kl_from=0.2, kl_weight=1.0)
+    for step, share in ((0, 0.2), (6, 0.6)):
+        values = [
+            Stepper(load_model(base), plan)([pack([[24]])], step, 1e-3)
+            for plan in (moving, config(root, base, kl_weight=share))
+        ]
+        torch.testing.assert_close(values[0], values[1])

@@ -75,6 +75,8 @@ class TrainConfig:
     """Weight of the AR loss: L = [alpha * L_AR + L_draft] / (1 + alpha)."""
     kl_weight: float = 0.0
     """What the draft learns: 0 the text (cross-entropy), 1 the AR distribution of the same forward (KL), else a mix."""
+    kl_from: float | None = None
+    """`kl_weight` at the run's beginning, from which it moves evenly to its own by the end; by default it stays."""
     draft_text: Literal["corpus", "model"] = "corpus"
     """What the drafts are to be: `corpus`: the text. `model`: how the model itself goes on at the start of each block,
     which is what decoding wants of them."""
@@ -139,6 +141,13 @@ class TrainConfig:
     max_seconds: float = 0.0
     """Stop, resumably, after this wall-clock time; 0: never."""
 
+    def kl_at(self, tokens: int) -> float | None:
+        """The share of KL after so many clean tokens; None in a run without KL."""
+        if not (self.kl_weight or self.kl_from):
+            return None
+        begun = self.kl_weight if self.kl_from is None else self.kl_from
+        return begun + (self.kl_weight - begun) * min(1.0, tokens / self.tokens)
+
     @property
     def accumulate(self) -> int:
         """Micro-batches of an optimizer step."""
@@ -169,8 +178,9 @@ class TrainConfig:
             )
         if self.alpha < 0:
             raise TidarError(f"alpha must be at least 0, not {self.alpha}")
-        if not 0 <= self.kl_weight <= 1:
-            raise TidarError(f"kl_weight must lie in [0, 1], not {self.kl_weight}")
+        for name in ("kl_weight", "kl_from"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise TidarError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
         if not 0 <= self.rollout_sampled <= 1:
             raise TidarError(f"rollout_sampled must lie in [0, 1], not {self.rollout_sampled}")
         if self.rollout_temperature <= 0:

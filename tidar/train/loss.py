@@ -95,7 +95,7 @@ def chunk_loss(
     before_n: Tensor | None,
     ar_scale: Tensor,
     draft_scale: Tensor,
-    kl_weight: float,
+    kl_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """This chunk's share of the loss, and of the sums (3,) of AR cross-entropy, draft cross-entropy and KL. The last of
     the P halves is the draft's if ``draft_n`` is given, the first AR's unless it is that."""
@@ -110,14 +110,14 @@ def chunk_loss(
     if draft_n is not None:
         nll = nll_loss(logp[-1], drafted_n, reduction="none")
         draft = labelled = (nll * draft_n).sum()
-        if kl_weight:
+        if kl_weight is not None:
             teacher, taught = logp[0].detach(), draft_n * has_ar_n
             if teacher_nD is not None:
                 with torch.no_grad():
                     teacher = head(teacher_nD).log_softmax(-1)
             kl = ((teacher.exp() * (teacher - logp[-1])).sum(-1) * taught).sum()
-            labelled = (nll * (draft_n - kl_weight * taught)).sum()
-        loss = loss + (labelled + kl_weight * kl) * draft_scale
+            labelled = (nll * (draft_n - kl_weight * taught)).sum() + kl_weight * kl
+        loss = loss + labelled * draft_scale
     return loss, torch.stack([ar, draft, kl]).detach()
 
 
@@ -129,7 +129,7 @@ def train_loss(
     *,
     part: Part = "whole",
     alpha: float = 1.0,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     bend: Bend | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss,
@@ -147,7 +147,8 @@ def train_loss(
         part: which half is there. The masks alone need a ``teacher`` for KL.
         alpha: weight of the AR half.
         bend: mask states (n, D) and the tokens (n,) before them to what the head reads; None: the states themselves.
-        kl_weight: share of KL in the draft's loss; a document's first token has no teacher and stays cross-entropy.
+        kl_weight: share of KL in the draft's loss; 0-dimensional where it changes from step to step, so that nothing is
+            compiled anew. A document's first token has no teacher and stays cross-entropy.
         autocast: makes the context in which the head runs; none by default.
         chunk: `chunk_loss`, or its compiled form.
         chunk_elements: logits held at once.
@@ -157,7 +158,9 @@ def train_loss(
         (4,) detached: this micro-batch's share of the loss, of the mean AR cross-entropy, of the mean draft
         cross-entropy and of the mean KL, in nats. Shares of micro-batches add up to the step's values.
     """
-    assert part != "masks" or targets.teacher is not None or not kl_weight
+    none = not isinstance(kl_weight, Tensor) and kl_weight == 0
+    share = None if none else torch.as_tensor(kl_weight, device=hidden.device)
+    assert part != "masks" or targets.teacher is not None or share is None
     ar_scale = (1.0 if targets.draft is None else alpha / (1 + alpha)) / counts.ar
     if part == "clean":
         targets = replace(targets, draft=None, teacher=None, before=None)
@@ -167,7 +170,7 @@ def train_loss(
     labels, has_ar = targets.labels.reshape(-1), targets.has_ar.reshape(-1)
     draft = None if targets.draft is None else targets.draft.reshape(-1)
     drafted = labels if targets.drafted is None else targets.drafted.reshape(-1)
-    teacher = None if targets.teacher is None or not kl_weight else targets.teacher.flatten(0, 1)
+    teacher = None if targets.teacher is None or share is None else targets.teacher.flatten(0, 1)
     before = None if targets.before is None or bend is None else targets.before.reshape(-1)
     tokens = labels.shape[0]
     pieces = max(1, -(-tokens * (halves + (teacher is not None)) * vocab // chunk_elements))
@@ -183,7 +186,7 @@ def train_loss(
         leads = None if before is None else before[here]
         words = (labels[here], has_ar[here], weights, drafted[here], taught, leads)
         with autocast(), torch.set_grad_enabled(learns):
-            loss, sum_part = chunk(head, bend, piece, *words, ar_scale, draft_scale, kl_weight)
+            loss, sum_part = chunk(head, bend, piece, *words, ar_scale, draft_scale, share)
         if learns:
             loss.backward()  # type: ignore[no-untyped-call]
             assert piece.grad is not None

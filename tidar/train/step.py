@@ -83,6 +83,7 @@ class Stepper:
                 )
             )
         counts = count([micro.targets for micro in inputs], self.world)
+        share = config.kl_at(step * config.batch_tokens)
         loss = partial(
             train_loss,
             model.head,
@@ -90,7 +91,7 @@ class Stepper:
             bend=self.bend,
             vocab=model.vocab_size,
             alpha=config.alpha,
-            kl_weight=config.kl_weight,
+            kl_weight=0.0 if share is None else torch.full((), share, device=model.device),
             autocast=self.autocast,
             chunk=self._chunk,
         )

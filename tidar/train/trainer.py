@@ -191,7 +191,7 @@ class Trainer:
         record["ar"] = mean[1]
         if self.config.objective == "tidar":
             record["draft"] = mean[2]
-            if self.config.kl_weight:
+            if self.config.kl_at(0) is not None:
                 record["kl"] = mean[3]
         record |= {
             "lr": self._pending[-1][2],
