@@ -24,7 +24,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
 import torch
 
 from tidar.bench.shapes import SHAPES, random_model
@@ -131,6 +130,7 @@ def newest(path: Path) -> dict[tuple[str, int], dict[int, dict[str, Any]]]:
 
 def draw(path: Path, out: Path) -> None:
     """Memory and speed against row length, a pair of panels for each model; where memory ran out nothing stands."""
+    import matplotlib  # a machine that only measures need not have it
     from matplotlib import pyplot
 
     matplotlib.use("agg")
