@@ -17,6 +17,7 @@ fi
 resume=()
 if [ -e "$OUT/latest" ]; then resume=(--resume); fi
 
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 exec "${VENV:-.venv}/bin/torchrun" "${where[@]}" \
-    --nproc-per-node "${GPUS:-$(nvidia-smi --list-gpus | wc -l)}" --max-restarts "${RESTARTS:-3}" \
-    -m tidar train "$RECIPE" --out "$OUT" --device "${DEVICE:-cuda}" "${resume[@]}" "$@"
+    --nproc-per-node "$gpus" --max-restarts "${RESTARTS:-3}" \
+    -m tidar train "$RECIPE" --out "$OUT" --device "${DEVICE:-cuda}" ${resume[@]+"${resume[@]}"} "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tiny
 import torch
 from torch.nn.functional import cross_entropy
 from train_data import config, pack
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from tidar.chat import Conversation
 from tidar.checkpoint import load_model
@@ -107,6 +108,34 @@ def test_templates_that_cannot_be_used() -> None:
         Template(tokenizer_with("{{ raise_exception('no system') }}")).segments(TALK, "here")
 
 
+def test_special_tokens_without_a_name_are_not_spelt_out_either() -> None:
+    tokenizer = tokenizer_with(TEMPLATE)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    template = Template(tokenizer)
+    assert template.spells_special([{"role": "user", "content": "x<|turn|>assistant: y"}])
+    assert not template.spells_special(TALK)
+
+
+def test_text_that_is_prepared_holds_no_conversations(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("some text")
+    tokenizer = tokenizer_with(TEMPLATE)
+    made = prepare(DataConfig(sources=(str(tmp_path / "in"),), holdout=0.0), tokenizer, tmp_path / "made")
+    with pytest.raises(TidarError, match="was prepared as text: name the conversations' files"):
+        prepare(DataConfig(sources=(str(made),), turn_fields=("q", "a")), tokenizer, tmp_path / "out")
+
+
+def test_how_streams_are_read_does_not_prepare_anew(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(TEMPLATE)
+    plan = DataConfig(sources=(str(questions(tmp_path / "talk.jsonl.gz")),), turn_fields=("q", "a"))
+    made = prepare(plan, tokenizer, tmp_path / "out")
+    before = (made / "stats.json").stat().st_ino
+    prepare(replace(plan, workers=1, patience=1.0), tokenizer, tmp_path / "out")
+    assert (made / "stats.json").stat().st_ino == before
+    prepare(replace(plan, min_bytes=2), tokenizer, tmp_path / "out")
+    assert (made / "stats.json").stat().st_ino != before
+
+
 def write(path: Path, rows: list[Any]) -> Path:
     with gzip.open(path, "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -171,7 +200,7 @@ def test_another_template_is_prepared_anew(tmp_path: Path) -> None:
         ({"turn_fields": ("q", "answer")}, "has no field 'answer': set turn_fields to one of 'q', 'a', 'n'"),
         ({"messages_field": "q"}, "field 'q' holds no list of turns with role and content"),
         ({"messages_field": "talk"}, "has no field 'talk': set messages_field to one of"),
-        ({"turn_fields": ("q", "n")}, "field 'n' holds int, not text"),
+        ({"turn_fields": ("q", "n")}, "field 'n' holds int, not text: mend it or set turn_fields"),
         ({"turn_fields": ("q",)}, "turn_fields must be pairs of question and answer"),
         ({"turn_fields": ("q", "a"), "messages_field": "q"}, "set messages_field or turn_fields"),
         ({"chat_template": "x.jinja"}, "a chat_template writes conversations: set messages_field or turn_fields too"),
@@ -225,7 +254,10 @@ def test_both_halves_learn_the_answers_alone(converted: Callable[[str], Path]) -
         for i in range(24)
         if learned[row, i] and i > batch.starts[row, i]
     ]
-    draft = cross_entropy(logits[:, 24:][learned], batch.tokens[learned])
+    begins = inputs.layout.block[:, 24:, 0] - 24  # blocks that begin where nothing is learnt have nothing to learn
+    drafted = learned & learned.gather(1, begins)
+    assert 0 < int(drafted.sum()) < int(learned.sum())
+    draft = cross_entropy(logits[:, 24:][drafted], batch.tokens[drafted])
     hidden = model.hidden(inputs.tokens, inputs.layout)
     counts = count([inputs.targets])
     found = train_loss(model.head, hidden, inputs.targets, counts, vocab=model.vocab_size)

@@ -54,16 +54,20 @@ def test_slurm_requeues_what_ran_out_of_time_and_goes_on(tmp_path: Path, recipe:
         "RECIPE": str(recipe),
         "OUT": str(out),
     }
-    # One second of training, and far more to do.
+    # Twenty seconds until it is to stop, and far more to do.
     long = ("--tokens", str(144 * 100_000))
-    first = launched("train.slurm", *long, SLURM_JOB_END_TIME=str(int(time.time()) + 901), **slurm)
+    first = launched("train.slurm", *long, SLURM_JOB_END_TIME=str(int(time.time()) + 920), **slurm)
     assert first.returncode == 0, first.stderr
-    assert "stopped after" in first.stderr and (out / "latest").exists() and not (out / "model").exists()
+    assert (
+        "stopped at the time it was to stop at" in first.stderr
+        and (out / "latest").exists()
+        and not (out / "model").exists()
+    )
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
     done = records(out)[-1]["step"]
 
     far = str(int(time.time()) + 10_000)
-    again = launched("train.slurm", *long, SLURM_JOB_END_TIME=str(int(time.time()) + 901), **slurm)
+    again = launched("train.slurm", *long, SLURM_JOB_END_TIME=str(int(time.time()) + 920), **slurm)
     assert again.returncode == 0, again.stderr
     assert records(out)[-1]["step"] > done, "it went on"
     assert (tmp_path / "asked").read_text() == "requeue 7\n" * 2
@@ -74,6 +78,8 @@ def test_slurm_requeues_what_ran_out_of_time_and_goes_on(tmp_path: Path, recipe:
     assert (tmp_path / "short" / "model").exists()
     assert (tmp_path / "asked").read_text() == "requeue 7\n" * 2, "what is done is not queued again"
 
+    late = launched("train.slurm", SLURM_JOB_END_TIME=str(int(time.time()) + 900), **slurm)
+    assert late.returncode == 1 and "over within MARGIN=900 seconds" in late.stderr
     wrong = launched("train.slurm", "--lr", "-1", SLURM_JOB_END_TIME=far, **slurm)
     assert wrong.returncode != 0 and (tmp_path / "asked").read_text() == "requeue 7\n" * 2
 

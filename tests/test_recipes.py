@@ -75,7 +75,7 @@ def test_instruction_tuning(tmp_path: Path) -> None:
     model = tidar.load(str(result.model))
     messages = [{"role": "user", "content": "What is 2 + 1?"}]
     asked = model.core.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert asked == "Question: What is 2 + 1?\nAnswer: "
+    assert asked == "Question: What is 2 + 1?\nAnswer:"
 
 
 def test_changes_reach_into_tables() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -139,6 +143,18 @@ def test_what_is_wrong_with_a_stream_is_said(tmp_path: Path) -> None:
     refused("cannot read .*a.jsonl", tmp_path, '{"text": "x"}\n{"text": "cut o')
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz"])
+@pytest.mark.parametrize("damage", ["cut off", "changed"])
+def test_a_broken_file_is_not_asked_for_again(tmp_path: Path, pauses: list[float], name: str, damage: str) -> None:
+    lines = "\n".join(json.dumps({"text": f"{n} " + "word " * 50}) for n in range(400)).encode()
+    packed = gzip.compress(lines) if name.endswith("gz") else lzma.compress(lines)
+    half = len(packed) // 2
+    changed = packed[:half] + bytes(byte ^ 0x55 for byte in packed[half : half + 8]) + packed[half + 8 :]
+    (tmp_path / name).write_bytes(packed[:half] if damage == "cut off" else changed)
+    refused("cannot read .*a.jsonl", tmp_path, path=str(tmp_path / name))
+    assert pauses == []
+
+
 def test_more_lanes_than_documents(tmp_path: Path) -> None:
     write(tmp_path / "text", [3])
     with pytest.raises(TidarError, match=r"no document for lane 3 of 8: lower lanes"):
@@ -146,15 +162,15 @@ def test_more_lanes_than_documents(tmp_path: Path) -> None:
 
 
 def test_documents_that_changed_since_the_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path / "text", [30], longest=60)
-    plan = config(stream(tmp_path / "text"), shuffle=100_000)
+    write(tmp_path / "text", [30], longest=2000)
+    plan = config(stream(tmp_path / "text"), shuffle=100)
     data = opened(plan, batch_size=2, accumulate=1, lanes=1)
-    for _ in range(20):
+    for _ in range(5):  # ten rows of a block that is one long document
         data.next()
     place = data.state_dict()
     write(tmp_path / "fewer", [30], longest=2)
     (tmp_path / "fewer" / "000.jsonl").replace(tmp_path / "text" / "000.jsonl")
-    again = opened(replace(plan, shuffle=100), batch_size=2, accumulate=1, lanes=1)
+    again = opened(plan, batch_size=2, accumulate=1, lanes=1)
     again.load_state_dict(place)
     with pytest.raises(TidarError, match="cannot resume: the streams hold other documents"):
         again.next()
@@ -226,6 +242,27 @@ def test_workers_that_are_asked_to_end_and_one_that_is_killed(plan: DataConfig) 
     finally:
         data.close()
     assert not any(map(alive, processes))
+
+
+def test_workers_that_are_asked_to_end_as_they_start(plan: DataConfig) -> None:
+    """A signal to all processes of a job may come before a worker has begun to run."""
+    data = opened(replace(plan, workers=2))
+    asked: list[int] = []
+    start = multiprocessing.process.BaseProcess.start
+
+    def started(process: Any) -> None:
+        start(process)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(process.pid, number)
+        asked.append(process.pid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "start", started)
+        try:
+            assert same(steps(data, 2), steps(opened(plan), 2)) and len(asked) == 2
+        finally:
+            data.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(), "the trainer still hears them"
 
 
 def test_a_lack_is_heard_of_in_its_turn_and_a_wait_can_be_ended(plan: DataConfig, tmp_path: Path) -> None:

@@ -290,6 +290,11 @@ def test_a_place_of_other_data_is_refused(root: Path, mixed: DataConfig) -> None
     ):
         with pytest.raises(TidarError, match=f"cannot resume: {name} of the checkpoint's data was"):
             opened(mixed, **change).load_state_dict(place)
+    others: list[dict[str, Any]] = [{"shuffle": 240}, {"min_bytes": 5}, {"holdout": 0.1}]
+    for other in others:
+        with pytest.raises(TidarError, match="cannot resume: settings of the checkpoint's data"):
+            opened(replace(mixed, **other)).load_state_dict(place)
+    opened(replace(mixed, workers=1, patience=9.0)).load_state_dict(place)
     with pytest.raises(TidarError, match=r"streams of the checkpoint's data was \[7, 1\] and is now \[7\]"):
         opened(config(stream(root / "long"))).load_state_dict(place)
     with pytest.raises(TidarError, match="streams of the checkpoint's data was None"):

@@ -272,8 +272,9 @@ def test_what_cannot_be_trained_is_refused(root: Path, base: Path, tmp_path: Pat
         train(config(root, base, out=str(tmp_path / "file" / "run")))
 
 
-def test_a_plain_checkpoint_is_converted_as_by_hand(root: Path, tmp_path: Path) -> None:
-    plain = tiny.save_plain("llama", tmp_path / "plain")
+@pytest.mark.parametrize("family", ["llama", "phi3"])  # one table for embedding and head, and two
+def test_a_plain_checkpoint_is_converted_as_by_hand(root: Path, tmp_path: Path, family: str) -> None:
+    plain = tiny.save_plain(family, tmp_path / "plain")
     convert(plain, tmp_path / "converted")
     by_hand = train(config(root, tmp_path / "converted", out=str(tmp_path / "a"), tokens=192))
     itself = train(config(root, plain, out=str(tmp_path / "b"), tokens=192))
@@ -281,8 +282,13 @@ def test_a_plain_checkpoint_is_converted_as_by_hand(root: Path, tmp_path: Path) 
     assert same_weights(by_hand.model, itself.model)
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (by_hand.model / name).read_text() == (itself.model / name).read_text()
+    torch.manual_seed(5)  # nothing drawn from here is in the model
+    again = train(config(root, plain, out=str(tmp_path / "d"), tokens=192))
+    assert again.model is not None and same_weights(again.model, itself.model)
     as_ar = train(config(root, plain, out=str(tmp_path / "c"), objective="ar", tokens=96))
     assert as_ar.model is not None and load_model(as_ar.model).spec is None
+    with pytest.raises(TidarError, match="has no mask token, and its optimizer would not fit one"):
+        train(config(root, plain, out=str(tmp_path / "e")), continue_from=str(as_ar.model))
 
 
 @pytest.mark.parametrize(
@@ -297,6 +303,7 @@ def test_a_plain_checkpoint_is_converted_as_by_hand(root: Path, tmp_path: Path) 
         ({"warmup": 1.0}, "warmup"),
         ({"clip": 0.0}, "clip"),
         ({"tokens": 0}, "tokens"),
+        ({"max_seconds": -1.0}, "max_seconds and stop_at must be at least 0"),
         ({"rollout_sampled": 1.5}, "rollout_sampled"),
         ({"rollout_temperature": 0.0}, "rollout_temperature"),
         ({"draft_text": "model", "masking": "random"}, "draft_text model needs masking full"),

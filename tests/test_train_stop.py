@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def test_sigterm_ends_a_run_resumably(
 
 
 def test_reasons() -> None:
+    with Stop(0, stop_at=time.time() - 1) as stop:
+        assert (stop.reason, stop.said(1)) == (1, "at the time it was to stop at")
+    with Stop(0, stop_at=time.time() + 100) as stop:
+        assert stop.reason == 0
     with Stop(0) as stop:
         assert stop.reason == 0
     with Stop(1e-9) as stop:

@@ -56,6 +56,11 @@ def add_mask(model: CausalLM) -> CausalLM:
         table[rows:] = mean
         if not own:
             table[tokenizer.mask_token_id] = mean
+        head = hf.get_output_embeddings()
+        if head.weight is not table:  # its new rows were drawn
+            head.weight[rows:] = head.weight[: min(used, rows)].float().mean(0).to(head.weight.dtype)
+            if head.bias is not None:
+                head.bias[rows:] = head.bias[: min(used, rows)].float().mean().to(head.bias.dtype)
     fresh = CausalLM(hf, tokenizer, model.path)
     fresh.windows = model.windows
     fresh.spec = Spec(mask_token_id=int(tokenizer.mask_token_id))

@@ -45,7 +45,7 @@ _WEB: dict[str, Any] = {
         {"path": "common-pile/stackv2_edu_filtered", "weight": 3.0},
         {"path": "HuggingFaceTB/finemath", "name": "finemath-4plus", "weight": 2.0},
     ),
-    "lanes": 64,
+    "lanes": 256,
     "holdout": 0.002,
 }
 # The paper's recipe (section 4.1), for 8 GPUs of 80 GiB or any more; AdamW's settings are ours where it gives none.
@@ -247,6 +247,6 @@ def load_recipe(name: str, changes: Mapping[str, Any] = MappingProxyType({})) ->
 
 
 def _named(name: str) -> Mapping[str, Any]:
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise TidarError(f"unknown recipe '{name}': use one of {', '.join(RECIPES)}, or a .toml file")
     return RECIPES[name]

@@ -1,7 +1,8 @@
 """Conversations as training text: the chat template writes them, and only what the assistant says is learnt.
 
 A conversation is written turn by turn as it would be while it is held: the text before each answer is what a decoder
-would be given as its prompt, so prompt and answer are tokenised apart, as they are when the model is used.
+would be given as its prompt, so prompt and answer are tokenised apart, as they are when the model is asked. A decoder
+that is given earlier answers too tokenises them with their questions; where special tokens end turns, that is the same.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Template:
         if not tokenizer.chat_template:
             raise TidarError("conversations need a chat template and the tokenizer has none: name one in chat_template")
         self._tokenizer = tokenizer
-        self._special = tuple(tokenizer.all_special_tokens)
+        # Not those alone that have a name, such as eos: a template writes others too.
+        self._special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
 
     def spells_special(self, messages: Sequence[Message]) -> bool:
         """Whether a turn spells out a special token, which would be taken for the template's own."""

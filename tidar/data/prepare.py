@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare"]
 
+NOT_OF_SOURCES = ("streams", "lanes", "shuffle", "workers", "patience", "chat_template")
+"""Settings that change nothing here; the template counts by its text."""
+
 Encoded = tuple[NDArray[np.uint32], NDArray[np.bool_] | None]
 
 
@@ -50,10 +53,15 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerFast, out: Path) -
         meta = open_cache(folder / "train").meta
         if (meta.get("tokenizer"), meta["eos_id"]) != (vocabulary, eos_id):
             raise TidarError(f"{folder} was prepared with another tokenizer: use that one or prepare the data again")
+        if config.conversations and not meta.get("partly"):
+            raise TidarError(
+                f"{folder} was prepared as text: name the conversations' files, or clear the fields of turns"
+            )
         return folder
     template = tokenizer.chat_template if config.conversations else None
     origins = [identity(source, config) for source in config.sources]
-    key = [FORMAT, asdict(config), template, origins, vocabulary, eos_id, len(tokenizer)]
+    said = {name: value for name, value in asdict(config).items() if name not in NOT_OF_SOURCES}
+    key = [FORMAT, said, template, origins, vocabulary, eos_id, len(tokenizer)]
     fingerprint = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     if _fingerprint_of(out) == fingerprint:
         return out

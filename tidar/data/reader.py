@@ -7,8 +7,11 @@ and state nothing is used: its shuffle buffer is lost on resume and a row may co
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -28,6 +31,8 @@ KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 TABLE = 256  # documents asked for at once
 LONGEST_PAUSE = 60.0
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+"""What a file that is cut off or damaged raises; no network does."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def open_stream(stream: Stream, patience: float) -> Files:
             break
         except StopIteration as error:
             raise TidarError(f"{stream.path} has no documents: check the path") from error
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, *BROKEN) as error:
             raise TidarError(f"cannot read {stream.path} ({first_line(error)}): check path, name and split") from error
         except ImportError as error:  # of what reads http:// or a kind of compression
             raise TidarError(f"{stream.path} needs more packages ({first_line(error)}): install them") from error
@@ -228,7 +233,7 @@ class Share:
                 return
             except TidarError:
                 raise
-            except ValueError as error:  # pyarrow's too
+            except (ValueError, *BROKEN) as error:  # pyarrow's is a ValueError
                 raise TidarError(f"cannot read {path} file {file} ({first_line(error)}): mend it") from error
             except Exception as error:  # whatever the network libraries underneath raise
                 retries.wait(error)

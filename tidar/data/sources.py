@@ -132,13 +132,13 @@ def _document(row: Any, config: DataConfig, origin: str) -> Document:
             raise TidarError(no_field(origin, field, list(row), config.setting))
     values = [row[field] for field in config.fields]
     if not config.conversations:
-        return Document(origin, _text(values[0], config.text_field, origin))
+        return Document(origin, _text(values[0], config.text_field, origin, config.setting))
     if config.messages_field:
         messages = _messages(values[0], config.messages_field, origin)
     else:
-        roles = ("user", "assistant") * (len(values) // 2)
-        named = zip(roles, values, config.turn_fields, strict=True)
-        messages = tuple({"role": role, "content": _text(value, field, origin)} for role, value, field in named)
+        texts = [_text(row[field], field, origin, config.setting) for field in config.turn_fields]
+        roles = ("user", "assistant") * (len(texts) // 2)
+        messages = tuple({"role": role, "content": text} for role, text in zip(roles, texts, strict=True))
     return Document(origin, "\n".join(message["content"] for message in messages), messages)
 
 
@@ -151,12 +151,13 @@ def _messages(value: Any, field: str, origin: str) -> tuple[Message, ...]:
     turns: list[Any] = value if isinstance(value, list) else [None]
     if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in turns):
         raise TidarError(f"{origin}: field {field!r} holds no list of turns with role and content; set messages_field")
-    return tuple({"role": turn["role"], "content": _text(turn["content"], "content", origin)} for turn in turns)
+    texts = [_text(turn["content"], "content", origin, "messages_field") for turn in turns]
+    return tuple({"role": turn["role"], "content": text} for turn, text in zip(turns, texts, strict=True))
 
 
-def _text(text: Any, field: str, origin: str) -> str:
+def _text(text: Any, field: str, origin: str, setting: str) -> str:
     if not isinstance(text, str):
-        raise TidarError(f"{origin}: field {field!r} holds {type(text).__name__}, not text; set text_field")
+        raise TidarError(f"{origin}: field {field!r} holds {type(text).__name__}, not text: mend it or set {setting}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["StreamedData", "beginnings", "hold_out"]
 
 
+SAID = ("streams", "min_bytes", "max_bytes", "holdout")
+"""Settings that say which documents there are."""
+
+
 def _never() -> bool:
     return False
 
@@ -116,7 +120,7 @@ class StreamedData:
     def state_dict(self) -> dict[str, Any]:
         """The place, of this process's lanes. Those of all processes together are a state for any number of them."""
         assert self._micro == 0, "a place is one between two steps"
-        return {**self._key(), **{f"lane {lane}": state for lane, state in self._states.items()}}
+        return {**self.key(), **{f"lane {lane}": state for lane, state in self._states.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the state was taken.
@@ -124,20 +128,24 @@ class StreamedData:
         Raises:
             TidarError: the state is of other data, lanes or seed.
         """
-        for name, value in self._key().items():
+        for name, value in self.key().items():
             if state.get(name) != value:
                 raise TidarError(
                     f"cannot resume: {name} of the checkpoint's data was {state.get(name)} and is now {value}; resume "
-                    "with the streams, row length, lanes and seed of the first run, and pin a hub data set's revision"
+                    "with the streams, settings, row length and seed of the first run; pin a hub data set's revision"
                 )
         self.close()
         self._micro = 0
         self._states = {lane: state[f"lane {lane}"] for lane in self._states}
 
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
+        """What a place in the data depends on."""
         lanes = self._lanes
         files = [files.count for files in lanes.files]
-        return {"streams": files, "lanes": lanes.count, "seq_len": lanes.seq_len, "seed": lanes.seed}
+        said = {name: value for name, value in asdict(lanes.config).items() if name in (*SAID, "shuffle")}
+        settings = hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+        key = {"streams": files, "lanes": lanes.count, "seq_len": lanes.seq_len, "seed": lanes.seed}
+        return {**key, "settings": settings}
 
 
 def hold_out(config: DataConfig, tokenizer: PreTrainedTokenizerFast, out: Path, *, tokens: int, seed: int) -> Path:
@@ -147,8 +155,7 @@ def hold_out(config: DataConfig, tokenizer: PreTrainedTokenizerFast, out: Path, 
     Raises:
         TidarError: as `StreamedData`, or no document is held out, or the disk is full.
     """
-    said = ("streams", "min_bytes", "max_bytes", "holdout")
-    key = [FORMAT, {name: value for name, value in asdict(config).items() if name in said}, tokens, seed]
+    key = [FORMAT, {name: value for name, value in asdict(config).items() if name in SAID}, tokens, seed]
     fingerprint = hashlib.blake2b(json.dumps([*key, vocabulary_digest(tokenizer)]).encode(), digest_size=16).hexdigest()
     place = out / "holdout"
     if (place / "meta.json").is_file() and open_cache(place).meta.get("fingerprint") == fingerprint:

@@ -28,6 +28,9 @@ AHEAD = 1 << 22
 POLL = 0.2  # seconds
 
 
+ENDS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Interrupted(Exception):
     """There is something else to do than to wait for data."""
 
@@ -67,7 +70,12 @@ class Workers:
         for i in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), name=f"tidar data {i}")
-            process.start()
+            # Not before `_work` has said that they mean nothing here.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
             theirs.close()  # the worker's is the last: its death ends the pipe
             self._workers.append((process, ours))
             self._of |= dict.fromkeys(numbers[i::count], i)
@@ -114,8 +122,9 @@ def _end(workers: Sequence[tuple[Any, Connection]]) -> None:
 
 def _work(parent: Connection) -> None:
     """Receive what lanes to run, send their pieces in turn, then what went wrong."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lanes, states = parent.recv()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads

@@ -139,7 +139,9 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints to keep."""
     max_seconds: float = 0.0
-    """Stop, resumably, after this wall-clock time; 0: never."""
+    """Stop, resumably, after this wall-clock time of training; 0: never."""
+    stop_at: float = 0.0
+    """Stop, resumably, at this UNIX time, restarts by torchrun or not; 0: never."""
 
     def kl_at(self, tokens: int) -> float | None:
         """The share of KL after so many clean tokens; None in a run without KL."""
@@ -208,5 +210,7 @@ class TrainConfig:
             raise TidarError(f"warmup must lie in [0, 1), not {self.warmup}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0):
             raise TidarError("beta1 and beta2 must lie in [0, 1), and weight_decay must be at least 0")
+        if self.max_seconds < 0 or self.stop_at < 0:
+            raise TidarError(f"max_seconds and stop_at must be at least 0, not {self.max_seconds} and {self.stop_at}")
         if self.clip <= 0:
             raise TidarError(f"clip must be above 0, not {self.clip}")

@@ -80,11 +80,16 @@ def make_inputs(
     # Filled on the device: a copied scalar would make the host wait, a Python int would recompile the attention.
     k, phase = (torch.full((), n, dtype=torch.int64, device=device) for n in (blocks.k, blocks.phase))
     plan = layout.training(starts, ends, k, phase)
-    ids, weight = plan.tokens(tokens, mask_id), torch.ones_like(has_ar) if learned is None else learned
+    ids, weight = plan.tokens(tokens, mask_id), torch.ones_like(has_ar)
+    first = plan.block[:, size:, 0] - size  # of each mask's block
+    if learned is not None:
+        # No decoder begins a block within what it is given.
+        weight = learned = learned * learned.gather(1, first)
+        targets = replace(targets, learned=learned)
     if noise is not None:
         generator = torch.Generator(device).manual_seed(noise)
         share = 1 - torch.rand(rows, size, device=device, generator=generator)
-        share = share.gather(1, plan.block[:, size:, 0] - size)  # one t a block: that of its first slot
+        share = share.gather(1, first)  # one t a block: that of its first slot
         masked = torch.rand(rows, size, device=device, generator=generator) < share
         ids = torch.cat([tokens, torch.where(masked, mask_id, tokens)], 1)
         weight = weight * masked / share

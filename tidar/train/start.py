@@ -32,12 +32,12 @@ from tidar.train.world import ALONE, World
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["agreed", "data", "model", "note_job", "open_data", "place", "same_job", "write_config"]
+__all__ = ["agreed", "data", "model", "note_job", "open_data", "place", "same_data", "same_job", "write_config"]
 
 JOB = ".job"
 
 # What may differ between a run and its continuation: none of it changes a weight.
-FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds")
+FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds", "stop_at")
 FREE_DATA = ("workers", "patience")
 
 TOKENIZER_BYTES = 50_000_000  # of text; more changes the merges little
@@ -121,6 +121,8 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
     if config.adapter_rank or found.adapters is not None:
         _adapt(found, config)
     elif found.spec is None and config.objective == "tidar":
+        if source is not None:
+            raise TidarError(f"{source} has no mask token, and its optimizer would not fit one: name it by --model")
         found = add_mask(found)
     if config.objective == "tidar":
         assert found.spec is not None
@@ -205,6 +207,24 @@ def open_data(
     if place:
         found.load_state_dict(place)
     return found
+
+
+def same_data(data: PackedData | StreamedData, world: World) -> None:
+    """Check that all ranks opened the same streams: each asks the hub by itself.
+
+    Raises:
+        TidarError: they did not; on rank 0. PeerError on the others.
+    """
+    if isinstance(data, PackedData):
+        return
+    keys = world.gather(data.key())
+
+    def check() -> None:
+        for rank, key in enumerate(keys):
+            if key != keys[0]:
+                raise TidarError(f"rank {rank} found other streams than rank 0: {key}, not {keys[0]}; pin a revision")
+
+    world.first(check)
 
 
 def write_config(out: Path, config: TrainConfig) -> None:

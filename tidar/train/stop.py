@@ -16,10 +16,12 @@ class Stop:
 
     Args:
         max_seconds: wall-clock time; 0: no limit.
+        stop_at: UNIX time; 0: none.
     """
 
-    def __init__(self, max_seconds: float) -> None:
+    def __init__(self, max_seconds: float, stop_at: float = 0.0) -> None:
         self.max_seconds = max_seconds
+        self.stop_at = stop_at
         self._asked = False
         self._begun = time.monotonic()
         self._before: Any = None
@@ -41,7 +43,10 @@ class Stop:
         """0: none; 1: time is up; 2: SIGTERM. Of several ranks' reasons the largest counts."""
         if self._asked:
             return 2
-        return int(0 < self.max_seconds < time.monotonic() - self._begun)
+        late = 0 < self.stop_at < time.time()
+        return int(late or 0 < self.max_seconds < time.monotonic() - self._begun)
 
     def said(self, reason: int) -> str:
-        return "by SIGTERM" if reason == 2 else f"after {self.max_seconds:.0f} s"
+        if reason == 2:
+            return "by SIGTERM"
+        return "at the time it was to stop at" if self.stop_at else f"after {self.max_seconds:.0f} s"

@@ -100,6 +100,7 @@ class Trainer:
         self.model = world.each(lambda: start.model(config, source, world))
         prepared = world.first(lambda: start.data(config, self.model))
         self.data, self.validation = world.each(lambda: self._opened(*prepared))
+        start.same_data(self.data, world)
         parallel.apply(self.model, config, world)
         self.stepper = Stepper(self.model, config, world)
         if source is not None and not shards.load_optimizer(source, self.model, self.stepper.optimizer, world):
@@ -143,7 +144,7 @@ class Trainer:
     def _run(self) -> Result:
         config, progress = self.config, self.progress
         begun = progress.step
-        with Stop(config.max_seconds) as stop:
+        with Stop(config.max_seconds, config.stop_at) as stop:
             self.feed.until(lambda: stop.reason > 0)
             while progress.tokens < config.tokens:
                 batches = self.feed.take()
