@@ -115,7 +115,7 @@ def measure(config: TrainConfig, matmul: float, world: World, args: argparse.Nam
         "tokens_per_second": round(rate, 1),
         "mfu": round(rate * todo.training / (world.size * matmul), 4),
         "peak_memory_gib": round(world.most(peak_memory_gib(device)), 2),
-        "planned_memory_gib": round(planned, 2),
+        "planned_memory_gib": round(planned, 4),
         "planned_tokens_per_second": round(world.size * matmul * expected_mfu(size.width) / (todo.training * again), 1),
         "compile_seconds": round(compiling, 1),
     }
