@@ -21,11 +21,12 @@ from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import Architecture
 from tidar.data.config import DataConfig
 from tidar.errors import TidarError
+from tidar.fresh import fresh_config
 from tidar.recipes import load_recipe
 from tidar.train import plan as module
 from tidar.train.config import Cluster, TrainConfig
 from tidar.train.plan import GIB, ROOM, describe, expected_mfu, memory, plan
-from tidar.train.sizes import sizes, work
+from tidar.train.sizes import sizes, sizes_of, work
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -124,9 +125,12 @@ def big(**changes: Any) -> TrainConfig:
     return TrainConfig(data=DataConfig(sources=("x",)), **values)
 
 
-@pytest.mark.parametrize(("gpus", "rows"), [(1, 1), (1, 8), (2, 1), (2, 8), (8, 8)])
-def test_the_remedy_is_one(gpus: int, rows: int) -> None:
-    recipe = big(micro_batch=rows)
+@pytest.mark.parametrize(
+    ("gpus", "rows", "micro_batches"),
+    [(1, 1, 512), (1, 8, 64), (2, 1, 512), (2, 8, 64), (8, 8, 64), (8, 5, 8), (1, 14, 8)],
+)
+def test_the_remedy_is_one(gpus: int, rows: int, micro_batches: int) -> None:
+    recipe = big(micro_batch=rows, batch_tokens=rows * micro_batches * 4096)
     cluster = Cluster(gpus=gpus)
     found = plan(recipe, cluster)
     said = describe(recipe, cluster, found)
@@ -138,6 +142,13 @@ def test_the_remedy_is_one(gpus: int, rows: int) -> None:
     assert memory(sizes(recipe), changed, gpus).total <= ROOM * 80 * GIB
     again = Cluster(gpus=gpus)
     assert "too large" not in describe(changed, again, plan(changed, again))
+
+
+def test_what_no_number_of_gpus_holds() -> None:
+    """A step of two rows cannot be shared by more than two."""
+    recipe = big(micro_batch=1, batch_tokens=2 * 4096)
+    found = plan(recipe, Cluster(gpu_gib=24))
+    assert describe(recipe, Cluster(gpu_gib=24), found).endswith("or take larger ones")
 
 
 def test_memory_is_shared_and_recomputed() -> None:
@@ -157,16 +168,19 @@ def test_slices_and_adapters_need_less() -> None:
     assert less.activations < 0.7 * whole.activations and less.logits <= whole.logits
     assert (less.weights, less.gradients, less.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
     assert work(size, sliced) == work(size, plain)
-    adapted = replace(plain, adapter_rank=64, model="base")
-    frozen = memory(size, adapted, 8)
+    shape = fresh_config(plain.arch, plain.vocab_size)
+    adapted = sizes_of(shape, rank=64)
+    frozen = memory(adapted, plain, 8)
     layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288)
-    assert frozen.gradients == 4 * 64 * layer * 36 / 8
+    assert adapted.pairs == 64 * layer * 36 + 4096
+    assert sizes_of(shape, rank=64, modules=("q_proj", "v_proj")).pairs == 64 * (8192 + 5120) * 36 + 4096
+    assert frozen.gradients == 4 * adapted.pairs / 8
     assert frozen.weights == whole.weights + frozen.gradients and frozen.optimizer == 2 * frozen.gradients
     assert frozen.activations < 0.6 * whole.activations, "the text keeps nothing but its keys and values"
     # Of the products three parts in six are left, of the attention the text's forward and all of the masks'.
     text, masks = (4 * 4096 * 36 * keys for keys in (8192, 8192 + 16))
     products = work(size, plain).training - 3 * (text + masks)
-    assert work(size, adapted).training == products / 2 + text + 3 * masks
+    assert work(adapted, plain).training == products / 2 + text + 3 * masks
 
 
 def test_mfu_between_and_beyond_measured_widths(monkeypatch: pytest.MonkeyPatch) -> None:

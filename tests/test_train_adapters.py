@@ -26,6 +26,7 @@ from tidar.train import parallel, start
 from tidar.train.config import TrainConfig
 from tidar.train.inputs import Blocks, make_inputs
 from tidar.train.loss import count, train_loss
+from tidar.train.sizes import sizes
 from tidar.train.sliced import Slices
 from tidar.train.step import Stepper
 from tidar.train.trainer import train
@@ -108,6 +109,18 @@ def test_a_run_goes_on_from_adapters(base: Path, tmp_path: Path) -> None:
     assert weights(first).keys() == weights(again).keys()
     back = load_model(again)
     assert back.adapters is not None and back.adapters.spec.base == str(base)
+    found = sizes(plan(tmp_path, first, adapter_rank=0))
+    assert found.pairs == sum(weight.numel() for weight in back.adapters.parameters())
+    assert found == replace(sizes(plan(tmp_path, base)), rest=found.rest)
+    with pytest.raises(TidarError, match="are of .*q_proj.*: leave adapter_modules out"):
+        train(plan(tmp_path, first, adapter_rank=0, adapter_modules=("q_proj",), out=str(tmp_path / "other")))
+    whole = train(config(tmp_path, base, tokens=96, out=str(tmp_path / "whole")))
+    assert whole.model is not None
+    with pytest.raises(TidarError, match="has the optimizer of other weights: go on from its model/ folder"):
+        train(
+            plan(tmp_path, base, out=str(tmp_path / "more")),
+            continue_from=str(tmp_path / "whole" / "checkpoints" / "step-00000001"),
+        )
     refused: dict[str, dict[str, Any]] = {
         "have rank 4, not 8: leave adapter_rank at 0 to keep it": {"adapter_rank": 8},
         "are adapters, which act on masks": {"adapter_rank": 0, "objective": "ar"},

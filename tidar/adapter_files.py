@@ -82,7 +82,10 @@ def base_of(folder: str | os.PathLike[str]) -> str:
     """
     base = read(folder)[0].base
     if not Path(base).exists() and base.count("/") != 1:
-        raise TidarError(f"the base of the adapters in {folder} was {base}, which is not there: name a copy (--model)")
+        raise TidarError(
+            f"the base of the adapters in {folder} was {base}, which is not there: name a copy (--model COPY --adapter "
+            f"{folder})"
+        )
     return base
 
 

@@ -248,16 +248,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(PATIENCE)
         else:
             print(f"tidar: error: {_one_line(error)}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            os._exit(2)  # torch's own end may abort, or wait for ranks that are gone
-        return 2
+        return _ended(2)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # What is still buffered has nowhere to go, and Python would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return _ended(0)
+
+
+def _ended(code: int) -> int:
+    """``code``; one of several ranks ends here, since torch's own end may abort, or wait for ranks that are gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> Command:

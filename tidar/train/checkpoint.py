@@ -177,7 +177,12 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> bool:
     if not (folder / OPTIMIZER).exists():
         return False
     state: dict[str, Any] = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise TidarError(
+            f"{folder} has the optimizer of other weights: go on from its model/ folder, which starts an empty one"
+        ) from error
     torch.set_rng_state(state["rng"])
     return True
 

@@ -82,7 +82,7 @@ def memory(size: Sizes, config: TrainConfig, gpus: int) -> Memory:
     low = 2 if config.dtype == "bf16" else 4
     halves = 2 if config.objective == "tidar" else 1
     text = config.micro_batch * config.seq_len
-    pairs = config.adapter_rank * size.ends * size.layers
+    pairs = size.pairs
     matrices = size.layer * size.layers
     rest = size.total - matrices
     trained = pairs or size.total
@@ -91,8 +91,8 @@ def memory(size: Sizes, config: TrainConfig, gpus: int) -> Memory:
     if gpus > 1 and config.optimizer == "muon":
         optimizer += 4 * (pairs or matrices) / gpus  # the whole copies that their owners step
     if gpus > 1:
-        # The last group in fp32 with its gradient, and two layers: one at work, one on its way.
-        gathered = 8.0 * rest + 2 * low * size.layer
+        # The last group in fp32, adapters in it, with its gradient, and two layers: one at work, one on its way.
+        gathered = (4.0 * rest + 8.0 * pairs if pairs else 8.0 * rest) + 2 * low * size.layer
     else:
         gathered = float(low * size.total) if low < 4 else 0.0
     each, keys = _layer(size, low), 2 * size.keys * size.layers
@@ -224,20 +224,21 @@ def _time(seconds: float) -> str:
 
 def _remedy(config: TrainConfig, cluster: Cluster) -> str:
     """The first change, of those that change no result, with which it would fit."""
-    room = ROOM * cluster.gpu_gib * GIB
     size = sizes(config)
+
+    def fits(gpus: int, rows: int, recompute: bool) -> bool:
+        changed = replace(config, micro_batch=rows, activation_checkpointing=recompute)
+        return memory(size, changed, gpus).total <= ROOM * cluster.gpu_gib * GIB
+
+    # Fewer rows that divide these make more micro-batches of the same step, which as many GPUs can share.
+    fewer = [rows for rows in range(config.micro_batch, 0, -1) if config.micro_batch % rows == 0]
     for recompute in dict.fromkeys((config.activation_checkpointing, True)):
-        rows = config.micro_batch
-        while rows:
-            changed = replace(config, micro_batch=rows, activation_checkpointing=recompute)
-            if memory(size, changed, cluster.gpus).total <= room:
-                extra = "" if recompute == config.activation_checkpointing else " and --activation-checkpointing"
+        for rows in fewer:
+            if fits(cluster.gpus, rows, recompute):
+                extra = "" if recompute == config.activation_checkpointing else " --activation-checkpointing"
                 return f"--micro-batch {rows}{extra} would fit"
-            rows //= 2
-    gpus = cluster.gpus
-    while gpus < 2**16:
-        gpus *= 2
-        changed = replace(config, micro_batch=1, activation_checkpointing=True)
-        if memory(size, changed, gpus).total <= room:
+    step = config.batch_tokens // config.seq_len
+    for gpus in range(cluster.gpus + 1, step + 1):
+        if step % gpus == 0 and fits(gpus, 1, True):
             return f"{gpus} GPUs with --micro-batch 1 --activation-checkpointing would hold it"
-    return "one row alone is too much for these GPUs: shorten --seq-len"
+    return "no number of these GPUs would hold it: shorten --seq-len, cut --mask-slice, or take larger ones"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from tidar import adapter_files
 from tidar.checkpoint import load_tokenizer, read_config
 from tidar.fresh import fresh_config
 from tidar.model import KEY
@@ -31,7 +33,7 @@ class Sizes:
         heads: query heads.
         inner: width of the MLP; of a mixture of experts that of all experts a token goes through.
         active: parameters of one layer's matrices that a token meets.
-        ends: rows and columns of one layer's matrices, added up: parameters of adapters of rank 1.
+        pairs: parameters of adapters of masks; 0: the model itself is trained.
         attending: layers with a sliding window, as (window or None, how many).
     """
 
@@ -46,7 +48,7 @@ class Sizes:
     heads: int
     inner: int
     active: int
-    ends: int
+    pairs: int
     attending: tuple[tuple[int | None, int], ...]
 
     @property
@@ -60,12 +62,23 @@ def sizes(config: TrainConfig) -> Sizes:
     Raises:
         TidarError: the model's config.json cannot be read.
     """
-    found = read_config(config.model) if config.model else fresh_config(config.arch, _token_ids(config))
-    return sizes_of(found, config.transition)
+    name, rank, modules = config.model, config.adapter_rank, config.adapter_modules
+    if name and adapter_files.found(name):
+        spec = adapter_files.read(name)[0]
+        name, rank, modules = adapter_files.base_of(name), spec.rank, spec.modules
+    found = read_config(name) if name else fresh_config(config.arch, _token_ids(config))
+    return sizes_of(found, transition=config.transition, rank=rank, modules=modules)
 
 
-def sizes_of(found: PretrainedConfig, transition: int = 0) -> Sizes:
-    """Of a model with the configuration ``found``, and a transition of a width if it has none of its own."""
+def sizes_of(found: PretrainedConfig, *, transition: int = 0, rank: int = 0, modules: Sequence[str] = ()) -> Sizes:
+    """Of a model with the configuration ``found``.
+
+    Args:
+        found: the configuration.
+        transition: width of a transition, if it has none of its own.
+        rank: of adapters of masks.
+        modules: names of the layers that have them; all by default.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -87,6 +100,11 @@ def sizes_of(found: PretrainedConfig, transition: int = 0) -> Sizes:
     windows = [getattr(getattr(each, "self_attn", None), "sliding_window", everywhere) for each in layers]
     total = sum(w.numel() for w in hf.parameters())
     has = (getattr(found, KEY, None) or {}).get("transition", 0)
+    adapted = [
+        part.in_features + part.out_features
+        for path, part in layers[0].named_modules()
+        if isinstance(part, nn.Linear) and (not modules or path.rpartition(".")[2] in modules)
+    ]
     bent = (transition or has) * 3 * width
     return Sizes(
         layer=layer,
@@ -100,7 +118,7 @@ def sizes_of(found: PretrainedConfig, transition: int = 0) -> Sizes:
         heads=int(found.num_attention_heads),
         inner=inner * (chosen if experts > 1 else 1),
         active=layer - expert + expert * chosen // experts,
-        ends=sum(sum(w.shape) for w in matrices.values() if w.ndim == 2),
+        pairs=sum(adapted) * rank * len(layers) + width if rank else 0,  # and the masks' embedding
         attending=tuple((window, windows.count(window)) for window in dict.fromkeys(windows)),
     )
 
@@ -135,7 +153,7 @@ def work(size: Sizes, config: TrainConfig) -> Work:
     body, head = 2.0 * size.active * size.layers, 2.0 * size.vocab * size.width
     text = body + head + attention(length / 2)
     masks = body + head + attention(length / 2 + k) if halves == 2 else 0.0
-    training = text + 2 * masks + attention(length / 2 + k) if config.adapter_rank else 3 * (text + masks)
+    training = text + 2 * masks + attention(length / 2 + k) if size.pairs else 3 * (text + masks)
     rollout = 0.0
     if halves == 2 and config.draft_text == "model":
         # The text once, without the head; then each place of each block, with the head twice: to choose the token, and

@@ -100,6 +100,7 @@ class Slices:
         self.model = model
         self.kind = kind
         self.autocast = autocast
+        self.taught = config.kl_at(0) is not None  # by the AR rows, if by nothing else
         tile = mask.BLOCK if kind == "block" else 1
         self.cut = Cut.of(config.seq_len, config.mask_slice or config.seq_len, max(config.block_sizes), tile)
 
@@ -125,7 +126,7 @@ class Slices:
         prefix = [Prefix(key, value) for key, value in zip(leaves[::2], leaves[1::2], strict=True)]
         end = clean.detach().requires_grad_(learns)
         losses = loss(end, targets, part="clean")
-        if targets.teacher is None:
+        if targets.teacher is None and self.taught:
             targets = replace(targets, teacher=pad(end.detach()[:, :-1], (0, 0, 1, 0)))
         for places, real in self.cut.places(whole):
             tokens = inputs.tokens.gather(1, size + places)

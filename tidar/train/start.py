@@ -36,8 +36,12 @@ __all__ = ["agreed", "data", "model", "note_job", "open_data", "place", "same_da
 
 JOB = ".job"
 
-# What may differ between a run and its continuation: none of it changes a weight.
-FREE = ("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds", "stop_at")
+# What may differ between a run and its continuation: none of it changes a weight but by rounding, and what a rollout or
+# random masking draws for a micro-batch.
+FREE = (
+    *("out", "log_every", "eval_every", "eval_tokens", "save_every", "keep_last", "max_seconds", "stop_at"),
+    *("micro_batch", "mask_slice", "activation_checkpointing"),
+)
 FREE_DATA = ("workers", "patience")
 
 TOKENIZER_BYTES = 50_000_000  # of text; more changes the merges little
@@ -166,6 +170,11 @@ def _adapt(model: CausalLM, config: TrainConfig) -> None:
         raise TidarError(
             f"the adapters in {model.path} have rank {rank}, not {config.adapter_rank}: leave adapter_rank at 0 to "
             "keep it"
+        )
+    modules = model.adapters.spec.modules
+    if config.adapter_modules and set(config.adapter_modules) != set(modules):
+        raise TidarError(
+            f"the adapters in {model.path} are of {', '.join(modules)}: leave adapter_modules out to keep them"
         )
     model.adapters.mask_embedding.requires_grad_(config.adapter_embedding)
 

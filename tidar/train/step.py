@@ -46,8 +46,8 @@ class Stepper:
         self.optimizer = make_optimizer(config, model)
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         # Where the clean half has nothing to learn, it runs apart, without a backward.
-        apart = config.mask_slice > 0 or model.adapters is not None
-        self._slices = Slices(model, config, kind=self.masks, autocast=self.autocast) if apart else None
+        self.apart = config.mask_slice > 0 or model.adapters is not None
+        self._slices = Slices(model, config, kind=self.masks, autocast=self.autocast) if self.apart else None
         self._chunk: Callable[..., tuple[Tensor, Tensor]] = chunk_loss
         model.hf.eval()  # dropout stays off: nothing here is trained long enough to need it, and exactness forbids it
         if model.device.type == "cuda":

@@ -77,9 +77,9 @@ class Validation:
 
 def _hidden(stepper: Stepper, inputs: Inputs) -> Tensor:
     """(P, N, D), what predicts each token of the text in each half."""
-    # With gradients on, though none is taken: the compiled forward of training serves again. With slices it is another
-    # one, and what it would keep for a backward may be more than there is room for.
-    with torch.set_grad_enabled(not stepper.config.mask_slice), stepper.autocast():
+    # With gradients on, though none is taken: the compiled forward of training serves again. Where training runs the
+    # halves apart it is another one, and what it would keep for a backward may be more than there is room for.
+    with torch.set_grad_enabled(not stepper.apart), stepper.autocast():
         hidden = stepper.model.hidden(inputs.tokens, inputs.layout, kind=stepper.masks)
     return pairs(hidden.detach(), 1 if inputs.targets.draft is None else 2)
 
