@@ -35,6 +35,7 @@ TESTS = (
     "test_fast_kernels.py",
     "test_lean.py",
     "test_deterministic.py",
+    "test_adapters_fast.py",
 )
 
 
