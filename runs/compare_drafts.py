@@ -24,6 +24,7 @@ import torch
 
 import tidar
 from runs import holdout, tokens_per_forward
+from runs.script import run
 from tidar.provenance import record
 from tidar.recipes import load_recipe
 from tidar.train.trainer import train
@@ -117,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 # Runs from a checkout that is not installed, too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runs.script import run
 from tidar.data.cache import CacheWriter, fresh_folder
 from tidar.data.dedup import digest, near_duplicates, signature
 from tidar.data.installed import Package, installed_packages, reject, standard_library
@@ -212,8 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers import AutoTokenizer
 
+from runs.script import run
 from tidar.checkpoint import embedded_checkpoint
 from tidar.data.config import DataConfig, Stream
 from tidar.data.installed import standard_library
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -30,8 +30,8 @@ from transformers import logging as hf_logging
 
 import tidar
 from runs.holdout import read_lines
+from runs.script import run
 from tidar.config import SamplingParams
-from tidar.errors import TidarError
 from tidar.provenance import record
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "humaneval_exact.jsonl"
@@ -149,8 +149,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

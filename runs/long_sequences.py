@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from runs.script import run, save_figure
 from tidar.bench.shapes import SHAPES, random_model
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.data.config import DataConfig
@@ -162,11 +162,7 @@ def draw(path: Path, out: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    figure.savefig(part, format=out.suffix[1:], metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(figure)
-    os.replace(part, out)
+    save_figure(figure, out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -200,8 +196,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -23,6 +23,7 @@ import matplotlib.ticker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runs.script import run
 from tidar.errors import TidarError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,8 +233,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import matplotlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from runs.script import run, save_figure
 from tidar.errors import TidarError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,11 +80,7 @@ def draw(base: list[dict[str, Any]], tidar: list[dict[str, Any]], control: list[
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    figure.savefig(part, format=out.suffix[1:], metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(figure)
-    os.replace(part, out)
+    save_figure(figure, out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,8 +100,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

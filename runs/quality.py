@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import logging as hf_logging
 
+from runs.script import run
 from tidar.checkpoint import load_model
 from tidar.data.cache import TokenCache, open_cache
 from tidar.data.tokenizer import vocabulary_digest
@@ -125,8 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runs.plot_bench import DECODE, FORMER, REFERENCE, ROOT, STEP, held_in, newest, table
+from runs.script import run
 from tidar.decode.planner import AR, Plan, tokens_per_step
 from tidar.errors import TidarError
 from tidar.layout import all_proposals
@@ -125,8 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -38,10 +38,10 @@ from transformers import AutoTokenizer
 import tidar
 from runs import holdout
 from runs.repetition import repeats
+from runs.script import run
 from tidar.api import Model
 from tidar.checkpoint import embedded_checkpoint
 from tidar.config import SamplingParams
-from tidar.errors import TidarError
 from tidar.provenance import provenance, record
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -191,8 +191,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TidarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

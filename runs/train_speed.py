@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from runs.script import run
 from tidar.bench.floors import rates
 from tidar.bench.shapes import SHAPES, random_model
 from tidar.data.config import DataConfig
@@ -169,4 +170,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -87,6 +87,22 @@ def test_runs_as_they_went(run: str) -> None:
     assert found.tokens_per_second == pytest.approx(statistics.median(s["tokens_per_second"] for s in steps), rel=0.25)
 
 
+def test_what_is_fitted_is_what_was_recorded() -> None:
+    """The share of the matrix rate from the run on text, and the rollout's factor from the run on own words."""
+    rates = []
+    for run in ("tidar", "rollout"):
+        lines = [json.loads(line) for line in (RESULTS / f"metrics_{run}.jsonl").read_text().splitlines()]
+        rates.append(statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line))
+    recipes = [load_recipe(RUNS[run][0], {"model": str(embedded_checkpoint())}) for run in ("tidar", "rollout")]
+    text, own = (work(sizes(recipe), recipe) for recipe in recipes)
+    flops = Cluster().tflops * 1e12
+    share = rates[0] * text.training / flops
+    factor = (flops * share / rates[1] - own.training) / own.rollout
+    assert module.MEASURED[384] == round(share, 2) and pytest.approx(factor, rel=0.03) == module.ROLLOUT
+    measured = [json.loads(line)["rates"]["matmul"] for line in (RESULTS / "bench_step.jsonl").read_text().splitlines()]
+    assert statistics.median(measured) == pytest.approx(flops, rel=0.02)
+
+
 def test_train_speed_as_it_was() -> None:
     for line in map(json.loads, (RESULTS / "train_speed.jsonl").read_text().splitlines()):
         if "planned_memory_gib" in line["ar"]:

@@ -51,6 +51,8 @@ def test_reasons() -> None:
         assert (stop.reason, stop.said(1)) == (1, "at the time it was to stop at")
     with Stop(0, stop_at=time.time() + 100) as stop:
         assert stop.reason == 0
+    with Stop(1e-9, stop_at=time.time() + 100) as stop:
+        assert (stop.reason, stop.said(1)) == (1, "after 0 s")
     with Stop(0) as stop:
         assert stop.reason == 0
     with Stop(1e-9) as stop:

@@ -87,10 +87,6 @@ class PackedData:
         self._shuffled: tuple[int, Ints] = (-1, np.empty(0, np.int64))
 
     @property
-    def tokens_per_epoch(self) -> int:
-        return len(self._tokens)
-
-    @property
     def epoch(self) -> float:
         """Epochs taken so far."""
         return self._row * self.seq_len / len(self._tokens)

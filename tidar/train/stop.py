@@ -49,4 +49,6 @@ class Stop:
     def said(self, reason: int) -> str:
         if reason == 2:
             return "by SIGTERM"
-        return "at the time it was to stop at" if self.stop_at else f"after {self.max_seconds:.0f} s"
+        if self.stop_at and not 0 < self.max_seconds < time.monotonic() - self._begun:
+            return "at the time it was to stop at"
+        return f"after {self.max_seconds:.0f} s"
