@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from runs.plot_bench import DECODE, FORMER, REFERENCE, ROOT, STEP, held_in, newest, table
 from runs.script import run
-from tidar.decode.planner import AR, Plan, tokens_per_step
+from tidar.decode.plan import AR, Plan
+from tidar.decode.planner import TAIL, Rates, tokens_per_step
 from tidar.errors import TidarError
 from tidar.layout import all_proposals
 
@@ -33,14 +34,14 @@ PAPER = {"qwen2.5-1.5b": 7.45, "qwen3-8b": 8.25}
 """Tokens per forward that the paper reports for its models of these sizes (arXiv 2511.08923, table 2), drafts of 16."""
 
 Line = dict[str, Any]
-Rates = NDArray[np.float64]
 
 
 def recorded(line: Line) -> Rates:
-    """Acceptance by offset, of a line of decoding with all proposals, whose drafts always begin at offset 1."""
+    """Acceptance of a line of decoding with all proposals, whose drafts are fresh in nearly all steps; tails are taken
+    to be worth what the planner supposes before it has seen any."""
     counts = np.array(line["accepted"], dtype=np.float64)
     reached = counts[::-1].cumsum()[::-1]  # steps that accepted the draft at each offset
-    return np.concatenate([[1.0], reached[1:] / reached[:-1]])
+    return _rates(reached[1:] / reached[:-1])
 
 
 def constant(tokens: float, draft_len: int) -> Rates:
@@ -54,7 +55,11 @@ def constant(tokens: float, draft_len: int) -> Rates:
 
 
 def _flat(rate: float, draft_len: int) -> Rates:
-    return np.array([1.0] + [rate] * (draft_len - 1))
+    return _rates(np.full(draft_len - 1, rate))
+
+
+def _rates(fresh: NDArray[np.float64]) -> Rates:
+    return np.insert(np.stack([fresh, TAIL * fresh]), 0, 1.0, axis=1)
 
 
 def plans(lines: Sequence[Line]) -> Iterator[tuple[Plan, float]]:

@@ -19,7 +19,8 @@ from tidar.bench.floors import Rates, floor
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy, Shape
+from tidar.decode.plan import Shape
+from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy
 from tidar.errors import TidarError
 from tidar.fast import ops
 from tidar.fast.adapted import Masks

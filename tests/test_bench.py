@@ -16,7 +16,7 @@ from tidar.checkpoint import load_model
 from tidar.cli import main
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.fast.engine import Engine
 from tidar.model import CausalLM
 

@@ -16,7 +16,8 @@ from tidar.api import Model, load
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy, Shape
+from tidar.decode.plan import Shape
+from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy
 from tidar.errors import TidarError
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine

@@ -23,7 +23,7 @@ from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.linear import LinearDecoder
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.decode.tidar import TidarDecoder
 
 PROMPTS = [b"def add(a, b):\n    return", b"x", b"import os\n"]

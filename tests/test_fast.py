@@ -16,8 +16,8 @@ from tidar.api import Model
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.planner import few
-from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy, Shape
+from tidar.decode.plan import Shape, few
+from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
@@ -250,7 +250,7 @@ def test_planning_measures_once_and_keeps_it(
     measured: list[str] = []
     real = Latency.keep
 
-    def noting(self: Latency, key: str, seconds: dict[int, float]) -> None:
+    def noting(self: Latency, key: str, seconds: dict[Shape, float]) -> None:
         measured.append(key)
         real(self, key, seconds)
 
@@ -270,7 +270,7 @@ def test_planning_measures_once_and_keeps_it(
     fresh = Engine(engine.core, plain=not GPU)
     generation.generate(fresh.core, PROMPTS[:1], each[:1], lambda: FastDecoder(fresh, Planning(4, list(few(4)))), 1)
     assert len(measured) == before + 1
-    assert "seconds" in file.read_text()
+    assert "steps" in file.read_text()
 
 
 def test_what_keeps_a_model_from_the_fast_path(

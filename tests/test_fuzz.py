@@ -24,7 +24,7 @@ from tidar.data.config import DataConfig
 from tidar.data.sources import documents
 from tidar.decode import generation
 from tidar.decode.generation import Completion
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.decode.tidar import TidarDecoder
 from tidar.errors import TidarError
 

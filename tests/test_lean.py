@@ -14,7 +14,7 @@ from tidar import layout
 from tidar.cache import SlotCache
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.errors import TidarError
 from tidar.fast import ops
 from tidar.fast.engine import Engine

@@ -13,23 +13,32 @@ import torch
 from tidar.api import Model
 from tidar.config import SamplingParams
 from tidar.decode import generation
+from tidar.decode.plan import AR, Plan, Shape, candidates, few, shapes
 from tidar.decode.planned import PlannedDecoder, measure
-from tidar.decode.planner import AR, DOUBT, Acceptance, Measured, Plan, Times, best, candidates, few, tokens_per_step
-from tidar.decode.policy import Planning, Shape, shapes
+from tidar.decode.planner import DOUBT, TAIL, Acceptance, Clock, Measured, Rates, Times, best, speed, tokens_per_step
+from tidar.decode.policy import REPLAN, Planning
 from tidar.errors import TidarError
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
-RATES = np.array([1, 0.9, 0.8, 0.75, 0.7, 0.6, 0.6, 0.5])
+FALLING = np.array([[1, 0.9, 0.8, 0.75, 0.7, 0.6, 0.6, 0.5], [1, 0.7, 0.8, 0.7, 0.6, 0.6, 0.5, 0.5]])
 FLAT = Times([(1, 1.0), (1000, 1.0)])
 
 
-def simulated(plan: Plan, rates: np.ndarray, steps: int) -> float:
+def even(rate: float, longest: int) -> Rates:
+    return np.array([[1.0] + [rate] * (longest - 1)] * 2)
+
+
+def quickest(plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan) -> Plan:
+    return best({plan: speed(plan, rates, times) for plan in plans}, keep)
+
+
+def simulated(plan: Plan, rates: Rates, steps: int) -> float:
     """Tokens a step, drafts accepted by chance."""
     draw, made, behind = random.Random(0), 0, 0
     k = plan.draft_len
     for _ in range(steps):
         n = 1
-        while behind + n < k and draw.random() < rates[behind + n]:
+        while behind + n < k and draw.random() < rates[int(behind > 0), n]:
             n += 1
         made += n
         level = max((j for j in plan.proposals if j <= n), default=None)
@@ -38,30 +47,37 @@ def simulated(plan: Plan, rates: np.ndarray, steps: int) -> float:
 
 
 @pytest.mark.parametrize("proposals", [(1,), (8,), (1, 2), (2, 5), (1, 2, 4, 8), tuple(range(1, 9))])
-@pytest.mark.parametrize("rates", [RATES, np.full(8, 0.3), np.ones(8)], ids=["falling", "poor", "perfect"])
-def test_tokens_per_step(proposals: tuple[int, ...], rates: np.ndarray) -> None:
-    rates = np.concatenate([[1.0], rates[1:]])
+@pytest.mark.parametrize("rates", [FALLING, even(0.3, 8), even(1, 8)], ids=["falling", "poor", "perfect"])
+def test_tokens_per_step(proposals: tuple[int, ...], rates: Rates) -> None:
     plan = Plan("tidar", 8, proposals)
     assert tokens_per_step(plan, rates) == pytest.approx(simulated(plan, rates, 60_000), rel=0.02)
 
 
 def test_tokens_per_step_of_the_others() -> None:
-    assert tokens_per_step(AR, RATES) == 1
-    assert tokens_per_step(Plan("linear", 3), RATES) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
-    assert tokens_per_step(Plan("tidar", 3, (1, 2, 3)), RATES) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
+    assert tokens_per_step(AR, FALLING) == 1
+    assert tokens_per_step(Plan("linear", 3), FALLING) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
+    assert tokens_per_step(Plan("tidar", 3, (1, 2, 3)), FALLING) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
 
 
 def test_choices() -> None:
     plans = list(candidates(16))
     assert len(plans) == len(set(plans))
-    good = np.full(16, 0.9)
-    good[0] = 1
-    assert best(plans, good, FLAT, AR) == Plan("tidar", 16, tuple(range(1, 17)))  # queries cost nothing
-    assert best(plans, good, Times([(1, 1.0), (2, 2.0)]), Plan("linear", 4)) == AR  # all they can
-    middling = best(plans, good, Times([(1, 1.0), (64, 1.3), (300, 9.0)]), AR)
+    good = even(0.9, 16)
+    assert quickest(plans, good, FLAT, AR) == Plan("tidar", 16, tuple(range(1, 17)))  # queries cost nothing
+    assert quickest(plans, good, Times([(1, 1.0), (2, 2.0)]), Plan("linear", 4)) == AR  # all they can
+    middling = quickest(plans, good, Times([(1, 1.0), (64, 1.3), (300, 9.0)]), AR)
     assert middling.method == "linear" or len(middling.proposals) < middling.draft_len
-    assert best(plans, np.array([1.0] + [0.01] * 15), FLAT, AR) == AR  # a twentieth better, or it stays
-    assert best(plans, good, FLAT, Plan("tidar", 16, tuple(range(1, 17)))).draft_len == 16
+    assert quickest(plans, even(0.01, 16), FLAT, AR) == AR  # clearly better, or it stays
+    assert quickest(plans, good, FLAT, Plan("tidar", 16, tuple(range(1, 17)))).draft_len == 16
+
+
+def test_the_tail_of_one_proposal_may_be_enough() -> None:
+    """Where queries are dear one proposal serves all places if its tail stands, and all of them if it does not."""
+    plans, dear = list(few(16)), Times([(1, 1.0), (16, 1.5), (32, 1.5), (80, 1.9), (256, 2.1)])
+    firm, poor = even(0.85, 16), even(0.85, 16)
+    poor[1, 1:] = 0.1
+    assert quickest(plans, firm, dear, AR) == Plan("tidar", 16, (1,))
+    assert len(quickest(plans, poor, dear, AR).proposals) >= 8
 
 
 def test_the_shortest_draft_has_no_plan_but_ar() -> None:
@@ -70,28 +86,42 @@ def test_the_shortest_draft_has_no_plan_but_ar() -> None:
 
 def test_acceptance_is_what_was_seen_lately() -> None:
     seen = Acceptance()
-    assert seen.rates(4).tolist() == [1, 0.7, 0.7, 0.7]
+    supposed = 0.7 * TAIL
+    assert seen.rates(4) == pytest.approx(np.array([[1, 0.7, 0.7, 0.7], [1, supposed, supposed, supposed]]))
     for _ in range(300):
-        seen.update([(1, 3, 1), (1, 3, 3), (2, 2, 0)])  # offset 1 always, 2 once in three, 3 after it always
-    assert seen.rates(4) == pytest.approx([1, 1, 1 / 3, 1], abs=0.03)
-    assert 0.5 < seen.rates(6)[5] < 1, "never seen: like the others"
+        seen.update([(0, 3, 1), (0, 3, 3), (2, 2, 0), (5, 2, 1)])
+    fresh, tail = seen.rates(4)
+    assert fresh == pytest.approx([1, 1, 1 / 2, 1], abs=0.03)
+    assert tail[:3] == pytest.approx([1, 1 / 2, 0], abs=0.03), "wherever it begins"
+    assert 0.5 < seen.rates(6)[0, 5] < 1, "never seen: like the others"
     for _ in range(300):
-        seen.update([(1, 3, 0)])
-    assert seen.rates(4)[1] < 0.03
+        seen.update([(0, 3, 0)])
+    assert seen.rates(4)[0, 1] < 0.03
+    assert seen.rates(4)[1] == pytest.approx(tail, abs=0.02), "nobody asked tails again"
 
 
 def test_times() -> None:
+    def step(queries: int) -> Shape:
+        return Shape(queries, (), queries)
+
     times = Times([(8, 3.0), (1, 1.0), (16, 2.0)])
-    assert [times(q) for q in (1, 8, 12)] == [1 * DOUBT, 3 * DOUBT, 3 * DOUBT], "more queries never take less"
+    assert [times(step(q)) for q in (1, 8, 12)] == [1 * DOUBT, 3 * DOUBT, 3 * DOUBT], "more queries never take less"
     rising = Times([(1, 1.0), (3, 2.0)])
-    assert rising(2) == 1.5 * DOUBT and rising(7) == 4.0 * DOUBT
-    rising.update(2, 500.0)
-    assert not rising.sure_of(2) and rising(3) < 500, "one stall"
+    assert rising(step(2)) == 1.5 * DOUBT and rising(step(7)) == 4.0 * DOUBT
+    rising.update(step(2), 500.0)
+    assert not rising.sure_of(step(2)) and rising(step(3)) < 500, "one stall"
     for _ in range(20):
-        rising.update(2, 6.0)
-    rising.update(2, 500.0)
-    assert rising.sure_of(2) and rising(2) == 6.0
-    assert rising(7) == 16.0 * DOUBT, "what takes four times as long here does so elsewhere"
+        rising.update(step(2), 6.0)
+    rising.update(step(2), 500.0)
+    assert rising.sure_of(step(2)) and rising(step(2)) == 6.0
+    assert rising(step(7)) == 16.0 * DOUBT, "what takes four times as long here does so elsewhere"
+
+
+def test_steps_of_as_many_queries_are_told_apart_where_each_is_measured() -> None:
+    verify, drafts = Shape(16, (), 16), Shape(4, (1, 2, 3), 4)
+    times = Measured({verify: 1.0, drafts: 1.5})
+    assert (times(verify), times(drafts), times(Shape(8, (1,), 8))) == (1.0, 1.5, float("inf"))
+    assert times.ready(drafts) and not times.ready(Shape(8, (1,), 8))
 
 
 class Restless(PlannedDecoder):
@@ -112,7 +142,7 @@ class Restless(PlannedDecoder):
         self.policy.plan = self.random.choice(self.plans)
         shape = self.shape()
         self.used.add(self.policy.plan.method if shape.drafts > 1 or not shape.proposals else "draft")
-        self.right.append([(o[0], len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
+        self.right.append([(o[0] - 1, len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
         self.noted.append([])
         return super().step()
 
@@ -139,7 +169,7 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
     real = Acceptance.update
 
     def noting(self: Acceptance, tested: Sequence[tuple[int, int, int]]) -> None:
-        decoder.noted[-1] = [(first, count) for first, count, _ in tested]
+        decoder.noted[-1] = [(behind, count) for behind, count, _ in tested]
         assert all(0 <= accepted <= count for _, count, accepted in tested)
         real(self, tested)
 
@@ -159,9 +189,9 @@ def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPat
     assert decoder.policy.plan.method == "tidar"
     dear = Times([(1, 1.0), (2, 50.0)])
     for _ in range(3):
-        dear.update(1, 1.0)
+        dear.update(Shape(1, (), 1), 1.0)
     slow = PlannedDecoder(qwen3.core, draft_len=4, times={1: dear})
-    monkeypatch.setattr(Times, "update", lambda self, queries, seconds: None)
+    monkeypatch.setattr(Times, "update", lambda self, shape, seconds: None)
     shapes: list[Shape] = []
     real = Planning.learn
 
@@ -184,7 +214,7 @@ def test_only_what_is_ready_is_asked_for() -> None:
     ready = {shape for plan in plans for shape in shapes(plan)} | {Shape(1, (1,), k) for k in (16, 8, 4)}
     policy = Planning(16, plans)
     policy.open(1)
-    policy.begin(lambda _: Measured({shape.queries: 1.0 for shape in ready}, ready))
+    policy.begin(lambda _: Measured(dict.fromkeys(ready, 1.0)))
     chance, held, taken = random.Random(0), 16, set()
     for _ in range(600):
         policy.plan = chance.choice(plans)
@@ -195,6 +225,27 @@ def test_only_what_is_ready_is_asked_for() -> None:
             held = shape.masks if shape.proposals else 1
             taken.add(shape)
     assert taken == ready
+
+
+def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step waits for a look at all plans, and every plan is looked at within `REPLAN` steps."""
+    for plans in (list(few(16)), list(candidates(32))):
+        policy = Planning(16, plans)
+        policy.open(1)
+        policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
+        looked: list[Plan] = []
+
+        def noting(plan: Plan, *_: object, looked: list[Plan] = looked) -> float:
+            looked.append(plan)
+            return tokens_per_step(plan, even(0.9, 33))
+
+        monkeypatch.setattr("tidar.decode.policy.speed", noting)
+        most = -(-len(plans) // REPLAN)
+        for step in range(1, REPLAN + 2):
+            policy.learn(Shape(1, (), 1), [1])
+            assert len(looked) <= step * most
+        assert set(looked) == set(plans)
+        assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)
 
 
 def test_measured_times_are_usable(qwen3: Model) -> None:

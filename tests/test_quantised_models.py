@@ -21,7 +21,7 @@ from tidar.checkpoint import load_model, save_model
 from tidar.cli import main
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.errors import TidarError
 from tidar.fast import ops
 from tidar.fast.decoder import FastDecoder

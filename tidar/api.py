@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from tidar import adapter_files, checkpoint
 from tidar.config import SamplingParams
-from tidar.decode import generation, planner
+from tidar.decode import generation, plan, planner
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
@@ -185,7 +185,7 @@ class Model:
         self, engine: Engine, method: Method, length: int, proposals: Sequence[int] | None
     ) -> Callable[[], Decoder]:
         if method == "auto":
-            return lambda: FastDecoder(engine, Planning(length, list(planner.few(length)), self._acceptance))
+            return lambda: FastDecoder(engine, Planning(length, list(plan.few(length)), self._acceptance))
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
         chosen = check_proposals(length, all_proposals(length) if proposals is None else proposals)

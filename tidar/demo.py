@@ -21,7 +21,7 @@ from rich.text import Text
 from tidar.api import Method, Model
 from tidar.config import SamplingParams
 from tidar.decode.generation import Completion
-from tidar.decode.planner import few
+from tidar.decode.plan import few
 from tidar.terminal import Shown, show
 
 __all__ = ["run"]

@@ -18,7 +18,8 @@ import torch
 
 from tidar.config import SamplingParams
 from tidar.decode.base import Decoder
-from tidar.decode.planner import Acceptance, Plan, few
+from tidar.decode.plan import Plan, few
+from tidar.decode.planner import Acceptance
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
 from tidar.fast import obstacle
@@ -57,7 +58,8 @@ def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
         if plan.method == "linear":
             found[f"linear k={plan.draft_len}"] = lambda n=plan.draft_len: Alternating(n)  # type: ignore[misc]
         else:
-            name = f"tidar k={plan.draft_len}, {len(plan.proposals)} proposals"
+            count = len(plan.proposals)
+            name = f"tidar k={plan.draft_len}, {count} proposal{'s' * (count > 1)}"
             found[name] = lambda n=plan.draft_len, p=plan.proposals: Fixed(n, p)  # type: ignore[misc]
     seen = Acceptance()  # as decoders of one model share it
     found["auto"] = lambda: Planning(k, list(few(k)), seen)

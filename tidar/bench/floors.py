@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.fast.lean import LeanModel
 
 __all__ = ["Floor", "Rates", "floor", "interleaved", "rates"]

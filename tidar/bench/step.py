@@ -18,7 +18,7 @@ from tidar.bench.floors import floor, interleaved, rates
 from tidar.bench.shapes import random_model
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.engine import Engine
@@ -42,8 +42,8 @@ def step_shapes(draft_len: int) -> dict[str, Shape]:
         "draft": Shape(1, (1,), k),
         "tidar": Shape(k, all_proposals(k), k),
     }
-    for count in sorted({k - 1, k // 2, k // 4} - {0}, reverse=True):
-        found[f"tidar, {count} proposals"] = Shape(k, all_proposals(count), k)
+    for count in sorted({k - 1, k // 2, k // 4, 1} - {0}, reverse=True):
+        found[f"tidar, {count} proposal{'s' * (count > 1)}"] = Shape(k, all_proposals(count), k)
     return found
 
 

@@ -1,55 +1,23 @@
-"""What the next step feeds: fixed methods as policies, and the one that plans (`tidar.decode.planner`).
+"""Which shape the next step has: fixed methods as policies, and the one that plans (`tidar.decode.planner`).
 
 A policy sees how many drafts are at hand and how many were accepted; it never sees a token, and changes none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
-from tidar.decode.planner import AR, Acceptance, Clock, Plan, best, candidates
+from tidar.decode.plan import AR, SINGLE, Plan, Shape, candidates
+from tidar.decode.planner import Acceptance, Clock, best, speed
 
-__all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy", "Shape", "shapes"]
+__all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
 REPLAN = 16
-"""Steps between two looks at the plan; a look takes the host about as long as a step of a small model the GPU."""
+"""Steps that a look at all plans is spread over: at once it would take the host longer than a small model's step takes
+the GPU, and the GPU would wait."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
-
-
-class Shape(NamedTuple):
-    """What a step feeds (`tidar.layout.step`)."""
-
-    drafts: int
-    """K, the certain token among them."""
-    proposals: tuple[int, ...]
-    masks: int
-    """M, of each proposal."""
-
-    @property
-    def queries(self) -> int:
-        """L."""
-        return self.drafts + len(self.proposals) * self.masks
-
-    @property
-    def kept(self) -> list[int]:
-        """For n = 0 … K accepted drafts the index of the largest proposal up to n, or -1."""
-        return [max((i for i, j in enumerate(self.proposals) if j <= n), default=-1) for n in range(self.drafts + 1)]
-
-
-SINGLE = Shape(1, (), 1)
-"""An autoregressive step."""
-
-
-def shapes(plan: Plan) -> list[Shape]:
-    """Of the steps that a plan goes round in, in the order of `Plan.queries`."""
-    k = plan.draft_len
-    if plan.method == "ar" or k == 1:
-        return [SINGLE]
-    if plan.method == "linear":
-        return [Shape(k, (), k), Shape(1, (1,), k)]
-    return [Shape(k, plan.proposals, k)]
 
 
 class Policy(Protocol):
@@ -148,7 +116,8 @@ class Planning:
         self.acceptance = Acceptance() if acceptance is None else acceptance
         self._draft_len = draft_len
         self._plans = list(candidates(draft_len) if plans is None else plans)
-        self._steps = self._idle = 0
+        self._idle = 0
+        self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind: list[int] = []  # offset of the certain token in its row's block
 
@@ -158,16 +127,18 @@ class Planning:
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
         self.times = times(self._plans)
-        self._replan()
+        for _ in self._look(len(self._plans)):
+            pass
 
     def shape(self, held: int) -> Shape:
         wanted = self._wanted(held)
-        # After a change of plan the drafts at hand may be too few for what is ready: then they are dropped.
-        return wanted if self.times.ready(wanted) else SINGLE
+        # After a change of plan the drafts at hand may be too few for what is ready: then they are dropped, and others
+        # are made meanwhile.
+        return next(s for s in (wanted, Shape(1, (1,), self.plan.draft_len), SINGLE) if self.times.ready(s))
 
     def _wanted(self, held: int) -> Shape:
         plan = self.plan
-        if not self.times.sure_of(1):  # what everything is compared with
+        if not self.times.sure_of(SINGLE):  # what everything is compared with
             return SINGLE
         if plan.method == "ar":
             if held > 1:  # of the plan before, or to see whether drafts have become better
@@ -181,24 +152,29 @@ class Planning:
 
     def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
         if seconds is not None:
-            self.times.update(shape.queries, seconds)
+            self.times.update(shape, seconds)
         tested = []
         for n, behind in zip(accepted, self._behind, strict=True):
             count = min(shape.drafts, self._block - behind) - 1
             if count > 0:
-                tested.append((behind + 1, count, min(n - 1, count)))
+                tested.append((behind, count, min(n - 1, count)))
         if tested:
             self.acceptance.update(tested)
         levels = [max((j for j in shape.proposals if j <= n), default=None) for n in accepted]
         self._block = shape.masks
         self._behind = [self._block if j is None else n - j for n, j in zip(accepted, levels, strict=True)]
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
-        self._steps += 1
-        if self._steps % REPLAN == 0:
-            self._replan()
+        if next(self._looking, None) is None:
+            self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def select(self, rows: Sequence[int]) -> None:
         self._behind = [self._behind[r] for r in rows]
 
-    def _replan(self) -> None:
-        self.plan = best(self._plans, self.acceptance.rates(self._draft_len), self.times, self.plan)
+    def _look(self, share: int) -> Iterator[Plan]:
+        """Look at ``share`` plans at a time, then follow the quickest."""
+        rates, speeds = self.acceptance.rates(self._draft_len), {}
+        for number, plan in enumerate(self._plans, 1):
+            speeds[plan] = speed(plan, rates, self.times)
+            if number % share == 0:
+                yield plan
+        self.plan = best(speeds, self.plan)

@@ -20,7 +20,8 @@ from torch import Tensor
 from tidar import layout
 from tidar.config import SamplingParams
 from tidar.decode.base import Rows
-from tidar.decode.policy import Fixed, Policy, Shape
+from tidar.decode.plan import Shape
+from tidar.decode.policy import Fixed, Policy
 from tidar.errors import TidarError
 from tidar.layout import check_proposals
 from tidar.model import CausalLM

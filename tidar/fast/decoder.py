@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from tidar.config import SamplingParams
-from tidar.decode.policy import Policy, Shape
+from tidar.decode.plan import Shape
+from tidar.decode.policy import Policy
 from tidar.errors import TidarError
 from tidar.fast.engine import ROWS, Engine
 from tidar.fast.slots import DEPTH, Slots

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tidar.config import SamplingParams
 from tidar.decode.base import PREFILL_PIECE
-from tidar.decode.planner import Clock, Measured, Plan
-from tidar.decode.policy import Shape, shapes
+from tidar.decode.plan import Plan, Shape, shapes
+from tidar.decode.planner import Clock, Measured
 from tidar.fast import ops
 from tidar.fast.latency import Latency
 from tidar.fast.lean import Hidden, LeanModel
@@ -163,20 +163,16 @@ class Engine:
         if self.network.lean.deterministic:
             key += ", deterministic"
         known = self.latency.get(key)
-        if any(shape.queries not in known for shape in every):
+        if any(shape not in known for shape in every):
             if sys.stderr.isatty():
                 print("tidar: measuring what steps take here; once, up to a minute", file=sys.stderr)
             with slots.untouched():
                 slots.lengths.copy_(halfway)
                 slots.limits.copy_(halfway)  # rows at rest: a step moves nothing
                 times = self.latency.measure([self.step(slots, shape, flags) for shape in every])
-                # Shapes of as many queries take about as long.
-                known = {
-                    q: max(s for s, each in zip(times, every, strict=True) if each.queries == q)
-                    for q in {shape.queries for shape in every}
-                }
+            known = dict(zip(every, times, strict=True))
             self.latency.keep(key, known)
-        return Measured(known, every)
+        return Measured({shape: known[shape] for shape in every})
 
     def prefill(self, slots: Slots, prompts: Sequence[Sequence[int]], masks: int, flags: Flags) -> tuple[Tensor, int]:
         """Compute the prompts, each alone; leave certain token and drafts in ``slots``.

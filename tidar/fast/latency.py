@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 
+from tidar.decode.plan import Shape
 from tidar.model import CausalLM
 from tidar.provenance import versions
 
@@ -30,7 +31,7 @@ def folder() -> Path:
 
 
 class Latency:
-    """Seconds of steps by queries, for each kind of batch; a file for each GPU, model size, dtype and set of versions.
+    """Seconds of steps by shape, for each kind of batch; a file for each GPU, model size, dtype and set of versions.
 
     A file that cannot be read or written is done without: then steps are measured once in each process.
     """
@@ -46,23 +47,24 @@ class Latency:
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.path = folder() / f"latency-{name}.json"
         self._identity = identity
-        self._table: dict[str, dict[int, float]] | None = None
+        self._table: dict[str, dict[Shape, float]] | None = None
 
-    def get(self, key: str) -> dict[int, float]:
+    def get(self, key: str) -> dict[Shape, float]:
         """What is known of this kind of batch."""
         if self._table is None:
             try:
-                kept = json.loads(self.path.read_text())["seconds"]
-                self._table = {k: {int(q): float(s) for q, s in each.items()} for k, each in kept.items()}
+                kept = json.loads(self.path.read_text())["steps"]
+                self._table = {k: {_shape(*shape): float(s) for *shape, s in each} for k, each in kept.items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 self._table = {}
         return self._table.get(key, {})
 
-    def keep(self, key: str, seconds: Mapping[int, float]) -> None:
+    def keep(self, key: str, seconds: Mapping[Shape, float]) -> None:
         """Note it, here and in the file."""
         table = {**(self._table or {}), key: {**self.get(key), **seconds}}
         self._table = table
-        text = json.dumps({"measured": self._identity, "seconds": table}, indent=1)
+        steps = {k: [[*shape, s] for shape, s in each.items()] for k, each in table.items()}
+        text = json.dumps({"measured": self._identity, "steps": steps})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
@@ -84,6 +86,10 @@ class Latency:
                 if turn:
                     kept.append((time.perf_counter() - begin) / REPEAT)
         return [median(each) for each in found]
+
+
+def _shape(drafts: int, proposals: Sequence[int], masks: int) -> Shape:
+    return Shape(int(drafts), tuple(map(int, proposals)), int(masks))
 
 
 def _wait() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tidar import layout
-from tidar.decode.policy import Shape
+from tidar.decode.plan import Shape
 from tidar.fast.adapted import NOWHERE, Masks
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
