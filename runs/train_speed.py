@@ -12,6 +12,7 @@ appended to results/train_speed.jsonl. With --profile DIR, a table of one step's
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from dataclasses import replace
@@ -90,6 +91,9 @@ def measure(config: TrainConfig, matmul: float, world: World, args: argparse.Nam
     """Clean tokens/s of all ranks over at least ``args.seconds``, after the compilation."""
     device = torch.device(args.device)
     torch._dynamo.reset()
+    gc.collect()  # a sharded model is held by cycles, and the one measured before must not count or fill the GPU
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     model, size = ready(config, world, args)
     stepper = Stepper(model, config, world)
     batches = [batch(config.micro_batch, config.seq_len, 4 * world.rank + i, model.vocab_size) for i in range(4)]

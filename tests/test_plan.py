@@ -255,3 +255,34 @@ def test_the_script_that_measures_speed(tmp_path: Path, ranks: int) -> None:
         assert line[name]["tokens_per_second"] > 0 and 0 < line[name]["planned_memory_gib"] < 1
     assert line["ar"]["planned_memory_gib"] < line["tidar"]["planned_memory_gib"]
     assert "aten::" in (tmp_path / f"python-17m-tidar-{ranks - 1}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_is_gone(tmp_path: Path) -> None:
+    """Cycles hold a sharded model: a GPU that is filled by one of the two objectives has no room for both."""
+    program = tmp_path / "alive.py"
+    program.write_text(ALIVE)
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = "--device cpu --layers 1 --seq-len 32 --rows 1 --seconds 0.1 --activation-checkpointing".split()
+    command = [sys.executable, *several, str(program), *words, "--out", str(tmp_path / "speed.jsonl")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RESULTS.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("alive: 0") == 4  # two objectives on two ranks
+
+
+ALIVE = """
+import sys, weakref
+from runs import train_speed
+
+weights, ready = [], train_speed.ready
+
+def noted(*args):
+    print("alive:", sum(weight() is not None for weight in weights), flush=True)
+    made = ready(*args)
+    weights.extend(weakref.ref(weight) for weight in made[0].hf.parameters())
+    return made
+
+train_speed.ready = noted
+train_speed.main(sys.argv[1:])
+"""
