@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,12 @@ def main() -> int:
     # pytest-benchmark, where it is installed, warns under xdist, and warnings are errors here.
     quiet = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     command = [sys.executable, "-m", "pytest", *(f"tests/{name}" for name in TESTS), "-v", *quiet]
+    # Tests that compile in processes of their own find the package there too, installed or not.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     with args.write.open("w", encoding="utf-8") as log:
         log.write(json.dumps(provenance()) + "\n")
         log.flush()
-        done = subprocess.run([*command, *others], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run([*command, *others], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
     print("\n".join(args.write.read_text(encoding="utf-8").splitlines()[-25:]))
     return done.returncode
 

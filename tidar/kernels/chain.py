@@ -30,7 +30,7 @@ from tidar.errors import TidarError
 from tidar.kernels.attention_parts import last_to_come
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.pdl import begin, options
-from tidar.kernels.reference_chain import DEALT, KEPT, check_chain, groups, lanes
+from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, lanes
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["Shortlists", "chain"]
@@ -173,7 +173,7 @@ class Shortlists:
         """
         if min(rows, places) < 1:
             raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
-        shape = rows, places, groups(rows) * KEPT
+        shape = rows, places, GROUPS * KEPT
         tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
         scores, noise = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
         return cls(tokens, scores, noise, following, torch.zeros(rows, dtype=torch.int32, device=device))
@@ -243,10 +243,10 @@ def chain(
     if tokens.shape[:2] != (rows, places) or tokens.device != base.device:
         raise TidarError(f"the shortlists were made for {tuple(tokens.shape)} on {tokens.device}: make some for this")
     out = torch.empty(rows, places, dtype=torch.int64, device=base.device) if out is None else out
-    lists, count = (tokens, shortlists.scores, shortlists.noise), tokens.shape[2] // KEPT
-    _shortlist[count // TOGETHER, places, rows](
+    lists = tokens, shortlists.scores, shortlists.noise
+    _shortlist[GROUPS // TOGETHER, places, rows](
         base, suppressed, temperature, seed, lengths, *lists, offset, *base.stride()[:2],
-        VOCAB=vocab, GROUPS=count, LANES=lanes(vocab, count), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
+        VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
         SAMPLING=sampling, num_warps=TOGETHER, **options(base.device),
     )  # fmt: skip
     fixed = sizes(places, tokens.shape[2], width, mix.element_size())
@@ -260,7 +260,7 @@ def chain(
 
 def sizes(places: int, slots: int, width: int, itemsize: int) -> dict[str, int]:
     """Constants and launch of `_follow`: as many rows as a Hopper matrix instruction takes, or registers hold."""
-    padded, long = max(16, power_of_2(width)), slots > 256
+    padded = max(16, power_of_2(width))
     return {
         "PLACES": places,
         "PLACES_UP": power_of_2(places),
@@ -268,7 +268,7 @@ def sizes(places: int, slots: int, width: int, itemsize: int) -> dict[str, int]:
         "WIDTH": padded,
         "DEPTH": min(padded, 64 if itemsize == 2 else 16),
         "SLOTS": slots,
-        "ROWS": 32 if long and itemsize > 2 else 64,
-        "num_warps": 8 if long or itemsize > 2 else 4,  # a second warpgroup computes all gates again
-        "num_stages": 3 if long else 4,
+        "ROWS": 64,
+        "num_warps": 8 if itemsize > 2 else 4,  # a second warpgroup computes all gates again
+        "num_stages": 4,
     }

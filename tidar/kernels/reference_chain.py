@@ -16,8 +16,11 @@ from torch.nn.functional import pad, silu
 from tidar.errors import TidarError
 from tidar.noise import gumbel
 
-__all__ = ["chain", "check_chain", "groups", "lanes", "shortlist"]
+__all__ = ["GROUPS", "chain", "check_chain", "lanes", "shortlist"]
 
+GROUPS = 32
+"""G. Lists of 256 tokens lose a few drafts more than lists of 512, whose products are four times as large, which costs
+more than the drafts are worth."""
 KEPT = 8
 """K, tokens that a group names."""
 DEALT = 8
@@ -72,9 +75,9 @@ def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
     Group by group, in each the best first, lower tokens before higher ones among equals. Where a group has too few
     tokens, the last token of the vocabulary fills its list.
     """
-    rows, _, vocab = base.shape
-    dealt = groups(rows), DEALT
-    count = groups(rows) * lanes(vocab, groups(rows))
+    vocab = base.shape[2]
+    dealt = GROUPS, DEALT
+    count = GROUPS * lanes(vocab)
     scores = pad(base.masked_fill(suppressed, -torch.inf), (0, -vocab % count), value=-torch.inf)
     scores, won = scores.unflatten(-1, (-1, count // math.prod(dealt), *dealt)).max(-4)  # of each lane
     token = won * count + torch.arange(count, device=base.device).view(won.shape[-3:])
@@ -85,15 +88,9 @@ def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
     return listed
 
 
-def groups(rows: int) -> int:
-    """G for B rows: lists of 512 tokens lose hardly a draft, of 256 a few more. But the longer ones' products are four
-    times as large, and only those of a single row are small enough to be a matter of latency."""
-    return 64 if rows == 1 else 32
-
-
-def lanes(vocab: int, count: int) -> int:
-    """Lanes that each of ``count`` groups deals its tokens to; a power of 2, one for each token or `LANES`."""
-    return min(LANES, max(DEALT, 1 << (-(-vocab // count) - 1).bit_length()))
+def lanes(vocab: int) -> int:
+    """Lanes that each group deals its tokens to; a power of 2, one for each token or `LANES`."""
+    return min(LANES, max(DEALT, 1 << (-(-vocab // GROUPS) - 1).bit_length()))
 
 
 def check_chain(

@@ -14,14 +14,18 @@ from tidar.errors import TidarError
 
 __all__ = ["Tiles", "Workspace", "fixed_tiles", "own_keys", "power_of_2", "tiles"]
 
+FINE = 48
+"""Programs of one split up to which tiles have 16 query rows."""
+SHARED = 1.4
+"""How much longer programs take when all multiprocessors have two of them."""
 TILE, TILE_WIDTH = 870, 4.7
-"""Clocks of a program for a tile of 64 keys, and for each number of a head's width."""
-SHARED = 1.3
-"""How much longer programs take that share a multiprocessor in twos."""
-MEETING, PART = 3200, 1300
-"""Clocks that splits cost at all, and each of them, of 64 query rows: leaving a part, counting it, reading it back."""
-MEETING_FEW, PART_FEW = 1700, 0.5
-"""The same of up to 16 query rows; the latter for each number of a head's width."""
+"""Of 16 query rows: clocks of a program for a tile of 64 keys, and for each number of a head's width."""
+MEETING, PART = 1700, 0.5
+"""Clocks that splits cost at all, and each of them for each number of a head's width: leaving a part, counting it,
+reading it back."""
+TALL_WIDTH, TALL_PART = 15.5, 0.0033
+"""Of more query rows: clocks for a tile for each number of a head's width; and of each split for each number of all
+the parts that are left, which have to be written and read."""
 MOST_SPLITS = 32
 """Splits of a tile; each makes the code that joins them longer."""
 
@@ -58,14 +62,15 @@ def tiles(
 ) -> Tiles:
     """Tiles for B ``rows`` of ``queries`` on a GPU with so many streaming multiprocessors.
 
-    Few query rows are bound by latency: the least tile that holds them, and a split for nearly every tile of keys. From
-    64 on, tiles are as high as one warpgroup's matrix instructions; up to D = 128 two programs fit on a Hopper
-    multiprocessor, and one multiplies while the other weighs. With two stages instead of three the compiler would
-    serialise these instructions. float32 must do without tensor cores, in tiles that spill no registers.
+    Few query rows are bound by latency: tiles of 16, and a split for nearly every tile of keys, as long as there are
+    multiprocessors for them. More of them take tiles as high as one warpgroup's matrix instructions; up to D = 128 two
+    programs fit on a Hopper multiprocessor, and one multiplies while the other weighs. With two stages instead of three
+    the compiler would serialise these instructions. float32 must do without tensor cores, in tiles that spill no
+    registers.
 
     The number of splits is the one with the fewest clocks, counted for prefixes of half of ``max_length``: of the tiles
-    of keys of a split, and of the parts that the last split reads. The clocks were fitted to an H200's times of 1 to
-    256 queries, D = 64 and 128 (docs/step-kernel.md). Ties go to fewer splits.
+    of keys of a split, and of the parts that are read back. The clocks were fitted to an H200's times of 1 to 256
+    queries, D = 64 and 128 (docs/step-kernel.md). Ties go to fewer splits.
     """
     lines = queries * query_heads // heads
     fit = power_of_2(max(lines, 16))
@@ -74,18 +79,21 @@ def tiles(
     elif lines <= 16:
         cut, keys, warps, stages = 16, 64, 4 if heads * rows > 4 or head_dim <= 64 else 8, 2
     else:
-        cut, keys, stages = 32 if lines <= 96 else min(fit, 64), 64, 3 if head_dim <= 256 else 2
+        fine = -(-lines // 16) * rows * heads <= FINE
+        cut, keys, stages = 16 if fine else min(fit, 64), 64, 3 if head_dim <= 256 else 2
         warps = 4 if head_dim <= 128 else 8
     programs = -(-lines // cut) * rows * heads
     units = 1 + -(-max_length // (2 * keys))  # own keys take a tile too
-    tile = TILE + TILE_WIDTH * head_dim
-    meeting, part = (MEETING, PART * cut / 64) if lines > 16 else (MEETING_FEW, PART_FEW * head_dim)
+    if cut == 16:
+        tile, meeting, part = TILE + TILE_WIDTH * head_dim, MEETING, PART * head_dim
+    else:
+        tile, meeting, part = TALL_WIDTH * head_dim, 0, TALL_PART * programs * cut * head_dim
 
     def clocks(splits: int) -> float:
         rounds, over = divmod(programs * splits, 2 * processors)
-        # A second program on a multiprocessor costs the first one a third.
-        busy = SHARED * (rounds + (over > processors)) + (0 < over <= processors)
-        return busy * -(-units // splits) * tile + (meeting + splits * part if splits > 1 else 0)
+        # A second program on a multiprocessor slows the first one down.
+        last = 1 + (SHARED - 1) * max(0, over / processors - 1) if over else 0
+        return (SHARED * rounds + last) * -(-units // splits) * tile + (meeting + splits * part if splits > 1 else 0)
 
     splits = min(range(1, min(units, MOST_SPLITS) + 1), key=clocks)
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)
@@ -123,7 +131,7 @@ def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
     """
     threads, held = 32 * chosen.warps, min(chosen.rows, power_of_2(lines))
     few = min(held, max(1, 32 * threads // width))
-    rounds = -(-chosen.splits * few * width // (160 * threads))
+    rounds = -(-chosen.splits * few * width // (128 * threads))
     return {"HELD": held, "FEW": few, "FLIGHT": -(-chosen.splits // rounds)}
 
 
