@@ -17,6 +17,7 @@ import pytest
 from train_data import config
 
 from tidar import cli
+from tidar.bench.shapes import SHAPES
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import Architecture
 from tidar.data.config import DataConfig
@@ -103,10 +104,23 @@ def test_what_is_fitted_is_what_was_recorded() -> None:
     assert statistics.median(measured) == pytest.approx(flops, rel=0.02)
 
 
+def test_larger_shapes_as_they_went() -> None:
+    """The same bounds for 1.5 B and 8 B parameters on one and two GPUs, whose speeds the larger shares are read off."""
+    lines = [json.loads(line) for line in (RESULTS / "train_speed.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if isinstance(line["shape"], str)]
+    assert {(line["shape"], line["gpus"]) for line in lines} >= {("qwen2.5-1.5b", 1), ("qwen2.5-1.5b", 2), ("qwen3-8b", 2)}
+    for line in lines:
+        share = module.expected_mfu(SHAPES[line["shape"]]["hidden_size"]) / (4 / 3 if line["activation_checkpointing"] else 1)
+        for objective in ("ar", "tidar"):
+            made = line[objective]
+            assert made["planned_memory_gib"] == pytest.approx(made["peak_memory_gib"], rel=0.15)
+            assert share == pytest.approx(made["mfu"], rel=0.25)
+
+
 def test_train_speed_as_it_was() -> None:
     for line in map(json.loads, (RESULTS / "train_speed.jsonl").read_text().splitlines()):
         if "planned_memory_gib" in line["ar"]:
-            continue  # which says itself what was planned
+            continue  # `test_larger_shapes_as_they_went`
         rows = 65536 // line["seq_len"]
         for objective in ("ar", "tidar"):
             values: dict[str, Any] = {

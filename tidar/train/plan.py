@@ -19,8 +19,9 @@ from tidar.train.sizes import Sizes, Work, sizes, work
 __all__ = ["Memory", "Plan", "describe", "memory", "plan"]
 
 GIB = 2**30
-MEASURED = {384: 0.19}
-"""Width of the model: MFU of TiDAR training on one NVIDIA H200 (`results/train_speed.jsonl`)."""
+MEASURED = {384: 0.19, 1536: 0.61, 4096: 0.66}
+"""Width of the model: share of an NVIDIA H200's matrix rate that TiDAR training reaches, operations that activation
+checkpointing repeats included (`results/metrics_tidar.jsonl`, `results/train_speed.jsonl`)."""
 ROOM = 0.92
 """Share of a GPU's memory that a plan may fill; the rest is the driver's, the libraries' and fragments."""
 ROLLOUT = 3.1
