@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,27 @@ def test_decoding(core: CausalLM, sampling: dict[str, float] | None, capsys: pyt
         assert line["tokens_per_step"] / line["step_over_ar"] == pytest.approx(line["speedup"], rel=0.01)
     report.decoding(lines, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["lines"] == lines
+
+
+@pytest.mark.parametrize(("batch", "warmed"), [(1, [0]), (2, [0, 2])])
+def test_batches_are_warmed_before_any_is_timed(
+    core: CausalLM, batch: int, warmed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them where there are several rows, whose ends come at times of their own."""
+    first, counted = [], []
+    real = decode.decode
+
+    def noting(decoder: Any, prompts: Any, params: Any, outcome: decode.Outcome) -> None:
+        real(decoder, prompts, params, outcome)
+        first.append(params[0].seed)
+        counted.append(outcome)
+
+    monkeypatch.setattr(decode, "decode", noting)
+    lines = decode.run(core, [list(b"def f("), list(b"import")] * 2, draft_len=4, batch=batch, new_tokens=4)
+    every = list(range(0, 4, batch))
+    assert first[:: len(lines)] == warmed + every
+    assert len(set(map(id, counted[: len(warmed) * len(lines)]))) == len(warmed) * len(lines), "not counted"
+    assert all(line["prompts"] == 4 for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

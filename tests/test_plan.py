@@ -108,9 +108,10 @@ def test_larger_shapes_as_they_went() -> None:
     """The same bounds for 1.5 B and 8 B parameters on one and two GPUs, whose speeds the larger shares are read off."""
     lines = [json.loads(line) for line in (RESULTS / "train_speed.jsonl").read_text().splitlines()]
     lines = [line for line in lines if isinstance(line["shape"], str)]
-    assert {(line["shape"], line["gpus"]) for line in lines} >= {("qwen2.5-1.5b", 1), ("qwen2.5-1.5b", 2), ("qwen3-8b", 2)}
+    assert {(line["shape"], line["gpus"]) for line in lines} >= {("qwen2.5-1.5b", 1), ("qwen3-8b", 2)}
     for line in lines:
-        share = module.expected_mfu(SHAPES[line["shape"]]["hidden_size"]) / (4 / 3 if line["activation_checkpointing"] else 1)
+        share = expected_mfu(SHAPES[line["shape"]]["hidden_size"])
+        share /= module.RECOMPUTED if line["activation_checkpointing"] else 1
         for objective in ("ar", "tidar"):
             made = line[objective]
             assert made["planned_memory_gib"] == pytest.approx(made["peak_memory_gib"], rel=0.15)
