@@ -59,7 +59,7 @@ def _flat(rate: float, draft_len: int) -> Rates:
 
 
 def _rates(fresh: NDArray[np.float64]) -> Rates:
-    return np.insert(np.stack([fresh, TAIL * fresh]), 0, 1.0, axis=1)
+    return np.insert(np.stack([fresh, fresh, TAIL * fresh]), 0, 1.0, axis=1)
 
 
 def plans(lines: Sequence[Line]) -> Iterator[tuple[Plan, float]]:

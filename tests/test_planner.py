@@ -20,12 +20,18 @@ from tidar.decode.policy import REPLAN, Planning
 from tidar.errors import TidarError
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
-FALLING = np.array([[1, 0.9, 0.8, 0.75, 0.7, 0.6, 0.6, 0.5], [1, 0.7, 0.8, 0.7, 0.6, 0.6, 0.5, 0.5]])
+FALLING = np.array(
+    [
+        [1, 0.6, 0.7, 0.75, 0.7, 0.6, 0.6, 0.5],
+        [1, 0.9, 0.8, 0.75, 0.7, 0.6, 0.6, 0.5],
+        [1, 0.7, 0.8, 0.7, 0.6, 0.6, 0.5, 0.5],
+    ]
+)
 FLAT = Times([(1, 1.0), (1000, 1.0)])
 
 
 def even(rate: float, longest: int) -> Rates:
-    return np.array([[1.0] + [rate] * (longest - 1)] * 2)
+    return np.array([[1.0] + [rate] * (longest - 1)] * 3)
 
 
 def quickest(plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan) -> Plan:
@@ -34,15 +40,15 @@ def quickest(plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan) -> P
 
 def simulated(plan: Plan, rates: Rates, steps: int) -> float:
     """Tokens a step, drafts accepted by chance."""
-    draw, made, behind = random.Random(0), 0, 0
+    draw, made, behind, fell = random.Random(0), 0, 0, False
     k = plan.draft_len
     for _ in range(steps):
-        n = 1
-        while behind + n < k and draw.random() < rates[int(behind > 0), n]:
+        n, kind = 1, 2 if behind else 0 if fell else 1
+        while behind + n < k and draw.random() < rates[kind, n]:
             n += 1
         made += n
-        level = max((j for j in plan.proposals if j <= n), default=None)
-        behind = k - 1 if level is None else min(n - level, k - 1)
+        level = n if plan.method == "linear" else max((j for j in plan.proposals if j <= n), default=None)
+        behind, fell = k - 1 if level is None else min(n - level, k - 1), n == 1
     return made / steps
 
 
@@ -55,8 +61,11 @@ def test_tokens_per_step(proposals: tuple[int, ...], rates: Rates) -> None:
 
 def test_tokens_per_step_of_the_others() -> None:
     assert tokens_per_step(AR, FALLING) == 1
-    assert tokens_per_step(Plan("linear", 3), FALLING) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
-    assert tokens_per_step(Plan("tidar", 3, (1, 2, 3)), FALLING) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
+    linear = Plan("linear", 3)
+    assert tokens_per_step(linear, FALLING) == pytest.approx((simulated(linear, FALLING, 60_000) + 1) / 2, rel=0.02)
+    one = np.stack([FALLING[1], FALLING[1], FALLING[2]])  # what stood before does not count
+    assert tokens_per_step(linear, one) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
+    assert tokens_per_step(Plan("tidar", 3, (1, 2, 3)), one) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
 
 
 def test_choices() -> None:
@@ -75,7 +84,7 @@ def test_the_tail_of_one_proposal_may_be_enough() -> None:
     """Where queries are dear one proposal serves all places if its tail stands, and all of them if it does not."""
     plans, dear = list(few(16)), Times([(1, 1.0), (16, 1.5), (32, 1.5), (80, 1.9), (256, 2.1)])
     firm, poor = even(0.85, 16), even(0.85, 16)
-    poor[1, 1:] = 0.1
+    poor[2, 1:] = 0.1
     assert quickest(plans, firm, dear, AR) == Plan("tidar", 16, (1,))
     assert len(quickest(plans, poor, dear, AR).proposals) >= 8
 
@@ -86,18 +95,38 @@ def test_the_shortest_draft_has_no_plan_but_ar() -> None:
 
 def test_acceptance_is_what_was_seen_lately() -> None:
     seen = Acceptance()
-    supposed = 0.7 * TAIL
-    assert seen.rates(4) == pytest.approx(np.array([[1, 0.7, 0.7, 0.7], [1, supposed, supposed, supposed]]))
+    supposed = np.array([[0.7], [0.7], [0.7 * TAIL]])
+    assert seen.rates(4)[:, 1:] == pytest.approx(np.tile(supposed, 3))
     for _ in range(300):
-        seen.update([(0, 3, 1), (0, 3, 3), (2, 2, 0), (5, 2, 1)])
-    fresh, tail = seen.rates(4)
+        seen.update([(0, False, 3, 1), (0, False, 3, 3), (0, True, 2, 0), (2, False, 2, 0), (5, False, 2, 1)])
+    fell, fresh, tail = seen.rates(4)
+    assert fell[:2] == pytest.approx([1, 0], abs=0.03)
     assert fresh == pytest.approx([1, 1, 1 / 2, 1], abs=0.03)
     assert tail[:3] == pytest.approx([1, 1 / 2, 0], abs=0.03), "wherever it begins"
-    assert 0.5 < seen.rates(6)[0, 5] < 1, "never seen: like the others"
+    assert 0.5 < seen.rates(6)[1, 5] < 1, "never seen: like the others"
     for _ in range(300):
-        seen.update([(0, 3, 0)])
-    assert seen.rates(4)[0, 1] < 0.03
-    assert seen.rates(4)[1] == pytest.approx(tail, abs=0.02), "nobody asked tails again"
+        seen.update([(0, False, 3, 0)])
+    assert seen.rates(4)[1, 1] < 0.03
+
+
+def test_kinds_that_a_plan_has_not_are_supposed_from_those_that_it_has() -> None:
+    """With one proposal fresh drafts are those of hard places only: what more proposals would make is not judged by
+    them, and what was once judged is asked again."""
+    seen = Acceptance()
+    for _ in range(200):
+        seen.update([(0, True, 8, 1), (3, False, 8, 6)])
+    fell, fresh, tail = seen.rates(8)
+    assert fell[2] < 0.1 and tail[2] > 0.9, "as seen"
+    assert (fresh[1:] > 0.85).all() and (fresh[1:] <= 0.97).all(), "as tails are, and better"
+    for _ in range(100):
+        seen.update([(0, False, 8, 0)])
+    assert seen.rates(8)[1, 1] < 0.1
+    for _ in range(100):
+        seen.update([(3, False, 8, 6)])
+    assert seen.rates(8)[1, 1] < 0.2, "not forgotten at once"
+    for _ in range(2000):
+        seen.update([(3, False, 8, 6)])
+    assert seen.rates(8)[1, 1] > 0.8
 
 
 def test_times() -> None:
@@ -168,9 +197,9 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
     decoder = Restless(qwen3.core, draft_len=6, plans=plans)
     real = Acceptance.update
 
-    def noting(self: Acceptance, tested: Sequence[tuple[int, int, int]]) -> None:
-        decoder.noted[-1] = [(behind, count) for behind, count, _ in tested]
-        assert all(0 <= accepted <= count for _, count, accepted in tested)
+    def noting(self: Acceptance, tested: Sequence[tuple[int, bool, int, int]]) -> None:
+        decoder.noted[-1] = [(behind, count) for behind, _, count, _ in tested]
+        assert all(0 <= accepted <= count for *_, count, accepted in tested)
         real(self, tested)
 
     monkeypatch.setattr(Acceptance, "update", noting)

@@ -24,14 +24,14 @@ def test_rates_are_those_that_made_the_counts() -> None:
     rng, rates = np.random.default_rng(0), np.array([1.0, 0.9, 0.5, 0.8])
     made = [1 + int(np.argmin([*(rng.random(3) < rates[1:]), False])) for _ in range(100_000)]
     line = {"accepted": [made.count(n) for n in range(1, 5)]}
-    assert replay.recorded(line) == pytest.approx(np.stack([rates, np.append(1.0, TAIL * rates[1:])]), abs=0.01)
+    assert replay.recorded(line) == pytest.approx(np.stack([rates, rates, np.append(1.0, TAIL * rates[1:])]), abs=0.01)
     assert tokens_per_step(Plan("tidar", 4, (1, 2, 3, 4)), replay.recorded(line)) == pytest.approx(np.mean(made), 0.01)
 
 
 def test_one_rate_for_the_papers_tokens() -> None:
     rates = replay.constant(7.45, 16)
     assert tokens_per_step(Plan("tidar", 16, tuple(range(1, 17))), rates) == pytest.approx(7.45)
-    assert len(set(rates[0, 1:])) == 1
+    assert len(set(rates[1, 1:])) == 1
 
 
 def step(model: str, k: int, name: str, milliseconds: float) -> dict[str, Any]:
@@ -49,12 +49,12 @@ def lines(model: str) -> Iterator[dict[str, Any]]:
 
 
 def test_the_best_plan_follows_from_both() -> None:
-    flat = np.ones((2, 16))
+    flat = np.ones((3, 16))
     plan, tokens, cost, gain = replay.best(list(lines("m")), flat)
     # All is accepted: 16 tokens for 2, against 4 for 1.1 and (16 + 1) / 2 for (1 + 1.4) / 2.
     assert plan == Plan("tidar", 16, tuple(range(1, 17))) and tokens == pytest.approx(16) and cost == 2
     assert gain == pytest.approx(8)
-    plan, *_, gain = replay.best(list(lines("m")), np.array([[1.0] + [0.0] * 15] * 2))
+    plan, *_, gain = replay.best(list(lines("m")), np.array([[1.0] + [0.0] * 15] * 3))
     assert plan.method == "ar" and gain == 1
 
 

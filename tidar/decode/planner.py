@@ -5,8 +5,10 @@ commits; from the time that steps take, tokens a second follow. Both are learned
 measured once. By the contract no choice changes a token.
 
 Drafts behind a pruned proposal are the *tail* of a lower one's block, whose masks saw fewer drafts; others are *fresh*.
-A tail begins behind a draft that was wrong, so it stands less often, wherever in its block it begins: what is learned
-is how often the first, second, … draft behind the certain token stood, of fresh blocks and of tails.
+A tail begins behind a draft that was wrong, so it stands less often, wherever in its block it begins. And where none of
+the last drafts stood the next ones seldom do, which plans meet unequally: with one proposal no other drafts are fresh.
+So what is learned is how often the first, second, … draft behind the certain token stood, of three kinds of drafts:
+fresh ones behind a step of which no draft stood, other fresh ones, and tails.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ from tidar.decode.plan import Plan, Shape, shapes
 
 __all__ = ["TAIL", "Acceptance", "Clock", "Measured", "Rates", "Times", "best", "speed", "tokens_per_step"]
 
-FORGET = 0.98
-"""What an observation still weighs one step later: some fifty steps count."""
+FORGET, STALE = 0.98, 0.995
+"""What an observation still weighs one step later: some fifty steps count. And of a kind of drafts that the step did
+not have: in some hundreds of steps a judgement is forgotten, and asked for again."""
 DOUBT = 1.15
 """What has not been timed is believed to be slower by this: trying a plan costs steps too."""
 RECENT = 9
 """Steps whose time is remembered."""
 PRIOR = 0.7, 2.0
 """Acceptance believed before anything is seen, and the number of observations that belief is worth."""
-TAIL = 0.9
-"""What a draft of a tail is believed to be worth of a fresh one, before tails are seen."""
+TAIL, MOST = 0.9, 0.97
+"""What a draft of a tail is believed to be worth of a fresh one, before either is seen; and of any, at most."""
+KINDS = 3
 MARGIN = 1.03
 """How much quicker another plan must look: looks are noisy, and changing costs a step."""
 
@@ -44,41 +48,46 @@ class Acceptance:
     """How often the first, second, … draft was accepted, given that those before it were; the past fades."""
 
     def __init__(self) -> None:
-        self._hits: Rates = np.zeros((2, 0))
-        self._seen: Rates = np.zeros((2, 0))
+        self._hits: Rates = np.zeros((KINDS, 0))
+        self._seen: Rates = np.zeros((KINDS, 0))
 
-    def update(self, tested: Sequence[tuple[int, int, int]]) -> None:
+    def update(self, tested: Sequence[tuple[int, bool, int, int]]) -> None:
         """Take what one step found.
 
         Args:
-            tested: for each row how far into their block its drafts begin (0: they are fresh), how many there were, and
-                how many were accepted.
+            tested: for each row how far into their block its drafts begin (0: they are fresh), whether none stood of
+                those before them, how many there were, and how many were accepted.
         """
-        kinds = list({int(behind > 0) for behind, *_ in tested})  # what a plan does not try is not forgotten
-        self._hits[kinds] *= FORGET
-        self._seen[kinds] *= FORGET
-        for behind, count, accepted in tested:
+        kinds = [2 if behind else 0 if fell else 1 for behind, fell, *_ in tested]
+        weight = np.full((KINDS, 1), STALE)
+        weight[kinds] = FORGET
+        self._hits *= weight
+        self._seen *= weight
+        for kind, (*_, count, accepted) in zip(kinds, tested, strict=True):
             last = 1 + min(accepted + 1, count)  # one past the last that was compared
             if (room := last - self._seen.shape[1]) > 0:
                 self._hits, self._seen = (np.pad(each, ((0, 0), (0, room))) for each in (self._hits, self._seen))
-            kind = int(behind > 0)
             self._seen[kind, 1:last] += 1
             self._hits[kind, 1 : 1 + accepted] += 1
 
     def rates(self, longest: int) -> Rates:
-        """(2, longest) probabilities, of fresh drafts and of tails; entry 0, the certain token, is 1.
+        """(3, longest) probabilities, of fresh drafts where the last ones fell, of others, and of tails; entry 0, the
+        certain token, is 1.
 
-        A place hardly seen takes after those seen, and tails that were hardly seen after fresh ones.
+        A place hardly seen takes after those seen of its kind, and a kind hardly seen after the others.
         """
-        hits, seen = np.zeros((2, longest)), np.zeros((2, longest))
+        hits, seen = np.zeros((KINDS, longest)), np.zeros((KINDS, longest))
         known = min(longest, self._seen.shape[1])
         hits[:, :known], seen[:, :known] = self._hits[:, :known], self._seen[:, :known]
         value, weight = PRIOR
-        rates = np.empty((2, longest))
-        for kind, made in enumerate(rates):
-            general = (hits[kind, 1:].sum() + value * weight) / (seen[kind, 1:].sum() + weight)
-            made[:] = (hits[kind] + general * weight) / (seen[kind] + weight)
-            value = TAIL * general
+        stood, asked = hits[:, 1:].sum(1), seen[:, 1:].sum(1)
+        fell = (stood[0] + value * weight) / (asked[0] + weight)
+        both = asked[1] + asked[2]
+        fresh = min(MOST, float(stood[1] + stood[2] / TAIL) / both) if both > weight else fell
+        fresh = (stood[1] + fresh * weight) / (asked[1] + weight)
+        tail = (stood[2] + TAIL * fresh * weight) / (asked[2] + weight)
+        general = np.array([fell, fresh, tail])[:, None]
+        rates: Rates = (hits + general * weight) / (seen + weight)
         rates[:, 0] = 1
         return rates
 
@@ -88,21 +97,22 @@ def tokens_per_step(plan: Plan, rates: Rates) -> float:
 
     Args:
         plan: the policy.
-        rates: (2, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
+        rates: (3, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
     """
     k = plan.draft_len
     if plan.method == "ar" or k == 1:
         return 1.0
     survive = np.cumprod(rates[:, :k], axis=1)
-    if plan.method == "linear":
-        return (float(survive[0].sum()) + 1) / 2  # the drafting step makes one token certain too
-    # State: how far into their block the drafts begin, 0 … k-1; at k-1 there are none. Row b, column n of `chain`: the
-    # chance that more than n drafts stand.
-    chain = np.zeros((k, k + 1))
-    chain[:, :k] = survive[np.minimum(np.arange(k), 1)] * (np.add.outer(np.arange(k), np.arange(k)) < k)
+    # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 where the last ones fell, and
+    # k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.
+    kinds, begins = np.full(k + 1, 2), np.append(np.arange(k), 0)
+    kinds[0], kinds[k] = 0, 1
+    chain = np.zeros((k + 1, k + 1))
+    chain[:, :k] = survive[kinds] * (np.add.outer(begins, np.arange(k)) < k)
     moves = (chain[:, :-1] - chain[:, 1:]) @ _moves(plan)
-    share = np.linalg.matrix_power((moves + np.eye(k)) / 2, 256)[0]  # from the prefill's; lazy, so no cycles
-    return float(share @ chain.sum(1))
+    share = np.linalg.matrix_power((moves + np.eye(k + 1)) / 2, 256)[k]  # from the prefill's; lazy, so no cycles
+    made = float(share @ chain.sum(1))
+    return (made + 1) / 2 if plan.method == "linear" else made  # the drafting step makes one token certain too
 
 
 def speed(plan: Plan, rates: Rates, seconds: Callable[[Shape], float]) -> float:
@@ -119,12 +129,13 @@ def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
 
 @cache
 def _moves(plan: Plan) -> Rates:
-    """(k, k): how far into their block the next drafts begin (column) if exactly n = 1 … k stand (row)."""
+    """(k, k + 1): which state (column) the next drafts are in if exactly n = 1 … k stand (row)."""
     k = plan.draft_len
-    made = np.zeros((k, k))
+    made = np.zeros((k, k + 1))
     for n in range(1, k + 1):
-        level = max((j for j in plan.proposals if j <= n), default=None)
-        made[n - 1, k - 1 if level is None else min(n - level, k - 1)] = 1
+        level = n if plan.method == "linear" else max((j for j in plan.proposals if j <= n), default=None)
+        behind = k - 1 if level is None else min(n - level, k - 1)
+        made[n - 1, k if behind == 0 and n > 1 else behind] = 1
     return made
 
 

@@ -120,9 +120,10 @@ class Planning:
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind: list[int] = []  # offset of the certain token in its row's block
+        self._fell: list[bool] = []  # whether none stood of the last drafts
 
     def open(self, rows: int) -> int:
-        self._block, self._behind = self._draft_len, [0] * rows
+        self._block, self._behind, self._fell = self._draft_len, [0] * rows, [False] * rows
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
@@ -154,10 +155,11 @@ class Planning:
         if seconds is not None:
             self.times.update(shape, seconds)
         tested = []
-        for n, behind in zip(accepted, self._behind, strict=True):
+        for row, (n, behind) in enumerate(zip(accepted, self._behind, strict=True)):
             count = min(shape.drafts, self._block - behind) - 1
             if count > 0:
-                tested.append((behind, count, min(n - 1, count)))
+                tested.append((behind, self._fell[row], count, min(n - 1, count)))
+                self._fell[row] = n == 1
         if tested:
             self.acceptance.update(tested)
         levels = [max((j for j in shape.proposals if j <= n), default=None) for n in accepted]
@@ -169,6 +171,7 @@ class Planning:
 
     def select(self, rows: Sequence[int]) -> None:
         self._behind = [self._behind[r] for r in rows]
+        self._fell = [self._fell[r] for r in rows]
 
     def _look(self, share: int) -> Iterator[Plan]:
         """Look at ``share`` plans at a time, then follow the quickest."""
