@@ -12,6 +12,7 @@ test "$gpus" -eq 1 || run="$python -m torch.distributed.run --standalone --nproc
 
 speed="runs/train_speed.py --out $results/train_speed.jsonl --profile $results/profiles"
 $run $speed --shape qwen2.5-1.5b --seq-len 4096 --rows 2
+$run $speed --shape qwen2.5-1.5b --seq-len 4096 --rows 4
 $run $speed --shape qwen2.5-1.5b --seq-len 4096 --rows 4 --activation-checkpointing
 if test "$gpus" -gt 1; then
     $run $speed --shape qwen3-8b --seq-len 4096 --rows 1 --activation-checkpointing
