@@ -23,6 +23,8 @@ EARLY = 32 * 2**10
 """Bytes of its weight that a program asks for before the kernel ahead has finished."""
 SHARED = 220 * 2**10
 """Shared memory of a program for its tiles."""
+SMALL = 1 << 21
+"""Numbers of a weight of a small model."""
 UNTIL = 512
 """Rows up to which a product with a quantised weight is not cuBLAS's."""
 
@@ -43,7 +45,7 @@ class ProductTiles:
         ahead: numbers of each of its weight's rows that a program asks for, into the L2 cache, before the kernel ahead
             has finished; 0 or a power of 2. Nothing where kernels run one after another.
         tma: Hopper's tensor memory accelerator brings the tiles, from rows aligned to 16 bytes, instead of each thread
-            its copies; from 64 rows on. A choice of rows becomes a launch of its own.
+            its copies; from 64 rows on. Not where rows are chosen.
 
     Raises:
         TidarError: sizes that cannot be.
@@ -114,6 +116,8 @@ def default_tiles(
     if n_rows == 1:
         cols = 16 if features >= 16 * PROCESSORS else 8
         return _cut((1, cols, 512 if depth <= 2048 else 256, 4), depth, itemsize, held)
+    if not narrow and features * depth <= SMALL and 16 < n_rows <= 320:
+        return _of_small(n_rows, features, depth, itemsize)
     if n_rows <= 32:
         rows, needed = 16 if n_rows <= 16 else 32, features / PROCESSORS
         if needed * depth * held <= FLIGHT:
@@ -124,10 +128,6 @@ def default_tiles(
         return _cut((rows, 64 if wide else 32, 128, 2), depth, itemsize, held)
     if narrow:
         return _widened(n_rows, features, depth, itemsize) if n_rows <= UNTIL else None
-    if features * depth <= 1 << 20 and n_rows <= 320:  # of a small model
-        if features >= 512 and depth >= 256:
-            return replace(_cut((64, 64, 128, 4), depth, itemsize), stages=4, tma=True)
-        return _cut((64, 32, 128, 4), depth, itemsize)
     fitting = [cols for cols in (128, 64, 32) if features >= 96 * cols]
     if n_rows <= 64 and fitting:
         return _cut((64, fitting[0], 128 if fitting[0] == 32 else 64, 4), depth, itemsize)
@@ -144,6 +144,18 @@ def fixed_tiles(features: int, depth: int, itemsize: int, *, narrow: bool = Fals
     if itemsize > 2:
         return _cut((16, 32, 32, 4), depth, itemsize, held)
     return _cut((64, 64, 64, 4) if features >= 64 * PROCESSORS else (64, 32, 128, 4), depth, itemsize, held)
+
+
+def _of_small(n_rows: int, features: int, depth: int, itemsize: int) -> ProductTiles:
+    """Of a small model and more than 16 rows, bound by what waits for what: tiles as small as for fewer rows, as long
+    as all programs are under way at once; then of Hopper's own instructions, the deeper the fewer trips they save."""
+    if -(-n_rows // 16) * -(-features // 16) <= 3 * PROCESSORS // 2:
+        return replace(_cut((16, 16, 256, 4), depth, itemsize), ahead=128)  # row tiles share what one of them asked for
+    if features >= 512 and depth >= 256:
+        return replace(_cut((64, 64, 128, 4), depth, itemsize), stages=4, tma=True)
+    if n_rows > 64 and depth <= 512:
+        return replace(_cut((64, 32, 64, 4), depth, itemsize), stages=4)
+    return _cut((64, 32, 128, 4), depth, itemsize)
 
 
 def _widened(n_rows: int, features: int, depth: int, itemsize: int) -> ProductTiles:

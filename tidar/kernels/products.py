@@ -22,6 +22,7 @@ Legend: N rows, D depth of a product, F features.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -162,7 +163,7 @@ def _prepared(
         return rms_norm(x, norm, eps=eps, rows=rows), None, None
     else:
         squares = None
-    if rows is not None and (tiles is None or tiles.tma):
+    if rows is not None and tiles is None:
         squares = None if squares is None else squares.index_select(1, rows)
         return x.index_select(0, rows), squares, None
     return x, squares, rows
@@ -182,6 +183,8 @@ def _launch(
     add: bool = False,
     norm: Tensor | None = None,
 ) -> Ready | None:
+    if rows is not None:
+        tiles = replace(tiles, tma=False)  # it brings neighbours
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[1] % 16:
         raise TidarError(f"the kernel has no {x.dtype} of depth {x.shape[1]}: use tidar.kernels.reference_products")
     sizes = tiles.constants(x.shape[1], out.shape[1], x.element_size(), gates=gates)
