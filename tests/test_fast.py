@@ -5,6 +5,8 @@ On a GPU the kernels run, in captured graphs and float32; without one their plai
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +243,30 @@ def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
         found = generation.generate(engine.core, prompts, each, _once(decoder), 5)
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
         assert sizes == [(3, 4), (2, 2), (1, 1)]
+
+
+@pytest.mark.skipif(not GPU, reason="nothing is captured without a GPU")
+def test_no_graph_is_collected_during_a_capture(engine: Engine) -> None:
+    old: list[object] = [engine.captured(lambda: torch.zeros(1, device=DEVICE), 1)]
+    old.append(old)  # only the collector can free it
+    gone, holder, turns = weakref.ref(old[0]), [old], []
+    del old
+    threshold = gc.get_threshold()
+
+    def call() -> None:
+        torch.zeros(1, device=DEVICE)
+        turns.append(len(turns))
+        if len(turns) == 3:  # the one that is captured
+            holder.clear()
+            gc.set_threshold(20, 1, 1)
+            assert [[] for _ in range(1000)]  # far more than the collector lets pass
+
+    try:
+        engine.captured(call, 1)
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    assert gone() is None
 
 
 def test_planning_measures_once_and_keeps_it(

@@ -290,14 +290,17 @@ FASTEST: dict[int, dict[str, dict[str, tuple[int, ...] | None]]] = {
     16: {
         "small": {"qkv": (16, 16, 128, 2, 4), "out": (16, 16, 128, 2, 4), "mlp": (16, 16, 128, 2, 4),
                   "down": (16, 16, 256, 4, 5), "head": (16, 16, 128, 2, 4)},
-        "1.5B": {"qkv": (16, 16, 256, 4, 7), "out": (16, 16, 256, 4, 7), "mlp": (16, 32, 128, 2, 7),
-                 "down": (16, 16, 256, 4, 7), "head": (16, 64, 128, 2, 5)},
-        "8B": {"qkv": (16, 64, 128, 2, 5), "out": (16, 32, 256, 4, 5), "mlp": (16, 32, 128, 2, 7),
-               "down": (16, 32, 256, 4, 5), "head": (16, 64, 128, 2, 5)},
+        "1.5B": {"qkv": (16, 16, 256, 4, 5), "out": (16, 16, 256, 4, 7), "mlp": (16, 64, 128, 2, 3),
+                 "down": (16, 16, 256, 4, 5), "head": (16, 64, 128, 2, 5)},
+        "8B": {"qkv": (16, 16, 256, 4, 5), "out": (16, 16, 256, 4, 5), "mlp": (16, 64, 128, 2, 3),
+               "down": (16, 16, 256, 4, 5), "head": (16, 64, 128, 2, 5)},
     },
     32: {
         "small": {"qkv": (16, 16, 128, 2, 4), "out": (16, 16, 128, 2, 4), "mlp": (64, 64, 128, 4, 4),
                   "down": (16, 16, 256, 4, 5)},
+        "1.5B": {"qkv": (32, 16, 256, 4, 7), "out": (32, 16, 256, 4, 7), "mlp": (64, 64, 64, 4, 4), "down": None},
+        "8B": {"qkv": (32, 32, 128, 2, 7), "out": (32, 32, 256, 4, 5), "mlp": (64, 64, 64, 4, 4),
+               "down": (32, 32, 256, 4, 5)},
     },
     80: {
         "small": {"qkv": (64, 64, 128, 4, 4), "out": (16, 16, 128, 2, 4), "mlp": (64, 64, 128, 4, 4),
@@ -310,7 +313,7 @@ FASTEST: dict[int, dict[str, dict[str, tuple[int, ...] | None]]] = {
         "8B": dict.fromkeys(("qkv", "out", "mlp", "down")),
     },
 }  # fmt: skip
-"""Within 2.5 %, so that the rules can be few; the products' own time, without what a launch ahead hides."""
+"""Within 8 %, so that the rules can be few; the products' own time, without what a launch ahead hides."""
 
 
 @pytest.mark.parametrize("rows", FASTEST)
@@ -320,8 +323,8 @@ def test_default_tiles(rows: int, model: str) -> None:
         tiles = default_tiles(rows, *MODELS[model][name], 2)
         cut = tiles and (tiles.rows, tiles.cols, tiles.depth, tiles.warps, tiles.stages)
         assert cut == fastest, (name, tiles)
-        assert tiles is None or (tiles.ahead > 0) == (tiles.rows <= 16)
-        assert tiles is None or tiles.tma == (tiles.rows == tiles.cols == 64)
+        assert tiles is None or (tiles.ahead > 0) == (tiles.rows < 64)
+        assert tiles is None or tiles.tma == (tiles.rows == tiles.cols == 64 and model == "small")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

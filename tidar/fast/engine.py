@@ -5,9 +5,11 @@ Legend: B rows, M masks.
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,19 @@ class Captured:
 
     def __call__(self) -> None:
         self.graph.replay()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Python's collector waits: graphs of an engine that is gone would be destroyed, which CUDA answers by breaking a
+    capture off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Engine:
@@ -138,7 +153,7 @@ class Engine:
             call()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with _nothing_collected(), torch.cuda.graph(graph):
                 call()
         return Captured(graph, call)
 

@@ -94,11 +94,10 @@ def default_tiles(
     The rules behind what was measured fastest on an H200, for models of 17 million to 8 billion parameters:
 
     One row is bound by the weight's way from memory: small tiles, many a multiprocessor; a short row of the weight is
-    asked for at once. Up to 32 rows too, but each program reads all of them again from the L2 cache: one program a
-    multiprocessor, if tiles of up to 64 columns allow it. Wider weights take several rounds: tiles of 32 columns, so
-    that the last round wastes little, or of 64 if there are so many that it does not count. More rows are bound by
-    arithmetic and left to cuBLAS, which may share out the depth; except for those of a small model, where each launch
-    counts.
+    asked for at once. Up to 32 rows too, but each program reads all of them again from the L2 cache; few stages and few
+    columns, so that several programs share a multiprocessor, and many columns where there are enough for several
+    rounds. More rows are bound by arithmetic and left to cuBLAS, which may share out the depth; except for those of a
+    small model, where each launch counts.
 
     Quantised weights follow the same rules, not measured yet, with half the bytes. cuBLAS would have to be given the
     weight in x's dtype, which pays when its rows are many.
@@ -119,13 +118,7 @@ def default_tiles(
     if not narrow and features * depth <= SMALL and 16 < n_rows <= 320:
         return _of_small(n_rows, features, depth, itemsize)
     if n_rows <= 32:
-        rows, needed = 16 if n_rows <= 16 else 32, features / PROCESSORS
-        if needed * depth * held <= FLIGHT:
-            needed = 16  # all of the weight is under way at once: the more programs, the sooner
-        if needed <= 32:
-            return _cut((rows, 16 if needed <= 16 else 32, 256, 4), depth, itemsize, held)
-        wide = rows == 16 and (needed <= 64 or needed > 512)  # with 32 rows the sums of 64 columns fill the registers
-        return _cut((rows, 64 if wide else 32, 128, 2), depth, itemsize, held)
+        return _of_few(n_rows, features, depth, itemsize, held)
     if narrow:
         return _widened(n_rows, features, depth, itemsize) if n_rows <= UNTIL else None
     fitting = [cols for cols in (128, 64, 32) if features >= 96 * cols]
@@ -144,6 +137,25 @@ def fixed_tiles(features: int, depth: int, itemsize: int, *, narrow: bool = Fals
     if itemsize > 2:
         return _cut((16, 32, 32, 4), depth, itemsize, held)
     return _cut((64, 64, 64, 4) if features >= 64 * PROCESSORS else (64, 32, 128, 4), depth, itemsize, held)
+
+
+def _of_few(n_rows: int, features: int, depth: int, itemsize: int, held: int) -> ProductTiles | None:
+    """For up to 32 rows, bound by the weight's way from memory."""
+    rows, needed = 16 if n_rows <= 16 else 32, features / PROCESSORS
+    if needed * depth * held <= FLIGHT:  # all of the weight is under way at once: the more programs, the sooner
+        return _cut((rows, 16, 256, 4), depth, itemsize, held)
+    if needed > 64 and rows == 32:
+        return replace(_cut((64, 64, 64, 4), depth, itemsize, held), stages=4)
+    if needed > 64:
+        tiles = _cut((16, 64, 128, 2), depth, itemsize, held)
+        return tiles if needed > 512 else replace(tiles, stages=min(3, tiles.stages), ahead=128)
+    if rows == 16:
+        tiles = _cut((16, 16, 256, 4), depth, itemsize, held)
+        return replace(tiles, stages=min(5, tiles.stages), ahead=128)
+    if needed <= 16 and depth >= 4096 and held > 1:
+        return None  # few and long: cuBLAS shares the depth out
+    shape = (32, 16 if needed <= 16 else 32, 256, 4) if needed <= 32 else (32, 32, 128, 2)
+    return _cut(shape, depth, itemsize, held)
 
 
 def _of_small(n_rows: int, features: int, depth: int, itemsize: int) -> ProductTiles:
@@ -175,7 +187,7 @@ def candidates(
     default = default_tiles(n_rows, features, depth, itemsize, narrow=narrow)
     seen = {default: None, None: None}
     if default and default.ahead:
-        seen |= {replace(default, ahead=ahead): None for ahead in (0, max(64, default.ahead // 2))}
+        seen |= {replace(default, ahead=ahead): None for ahead in (0, max(64, 128 // held, default.ahead // 2))}
     for shape in SHAPES_32 if itemsize > 2 else SHAPES_16:
         least, most = FITTING[shape[0]]
         if least <= n_rows <= most and shape[1] <= features:
