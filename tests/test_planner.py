@@ -15,7 +15,22 @@ from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.plan import AR, Plan, Shape, candidates, few, shapes
 from tidar.decode.planned import PlannedDecoder, measure
-from tidar.decode.planner import DOUBT, TAIL, Acceptance, Clock, Measured, Rates, Times, best, speed, tokens_per_step
+from tidar.decode.planner import (
+    DOUBT,
+    FELL,
+    FRESH,
+    TAIL,
+    TAILS,
+    Acceptance,
+    Clock,
+    Counts,
+    Measured,
+    Rates,
+    Times,
+    best,
+    speed,
+    tokens_per_step,
+)
 from tidar.decode.policy import REPLAN, Planning
 from tidar.errors import TidarError
 
@@ -93,20 +108,40 @@ def test_the_shortest_draft_has_no_plan_but_ar() -> None:
     assert set(candidates(1)) == {AR}
 
 
+def saw(seen: Acceptance, *rows: tuple[int, int, int]) -> None:
+    """What a step found, row by row: kind, count, accepted."""
+    seen.update(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
 def test_acceptance_is_what_was_seen_lately() -> None:
     seen = Acceptance()
     supposed = np.array([[0.7], [0.7], [0.7 * TAIL]])
     assert seen.rates(4)[:, 1:] == pytest.approx(np.tile(supposed, 3))
     for _ in range(300):
-        seen.update([(0, False, 3, 1), (0, False, 3, 3), (0, True, 2, 0), (2, False, 2, 0), (5, False, 2, 1)])
+        saw(seen, (FRESH, 3, 1), (FRESH, 3, 3), (FELL, 2, 0), (TAILS, 2, 0), (TAILS, 2, 1))
     fell, fresh, tail = seen.rates(4)
     assert fell[:2] == pytest.approx([1, 0], abs=0.03)
     assert fresh == pytest.approx([1, 1, 1 / 2, 1], abs=0.03)
     assert tail[:3] == pytest.approx([1, 1 / 2, 0], abs=0.03), "wherever it begins"
     assert 0.5 < seen.rates(6)[1, 5] < 1, "never seen: like the others"
     for _ in range(300):
-        seen.update([(0, False, 3, 0)])
+        saw(seen, (FRESH, 3, 0))
     assert seen.rates(4)[1, 1] < 0.03
+
+
+def test_rows_of_a_step_count_one_by_one() -> None:
+    """Whole arrays at a time say what each row would say alone, in a step that forgets once."""
+    draw = random.Random(0)
+    together, apart = Acceptance(), np.zeros((2, 3, 9))
+    for _ in range(40):
+        rows = [(draw.randrange(3), count := draw.randint(1, 8), draw.randint(0, count)) for _ in range(5)]
+        saw(together, *rows)
+        apart *= np.array([[0.98 if kind in {k for k, *_ in rows} else 0.995] for kind in range(3)])
+        for kind, count, accepted in rows:
+            apart[0, kind, 1 : min(accepted + 1, count) + 1] += 1
+            apart[1, kind, 1 : accepted + 1] += 1
+    width = together._told.shape[1]
+    assert together._told == pytest.approx(apart.reshape(6, 9)[:, :width])
 
 
 def test_kinds_that_a_plan_has_not_are_supposed_from_those_that_it_has() -> None:
@@ -114,18 +149,18 @@ def test_kinds_that_a_plan_has_not_are_supposed_from_those_that_it_has() -> None
     them, and what was once judged is asked again."""
     seen = Acceptance()
     for _ in range(200):
-        seen.update([(0, True, 8, 1), (3, False, 8, 6)])
+        saw(seen, (FELL, 8, 1), (TAILS, 8, 6))
     fell, fresh, tail = seen.rates(8)
     assert fell[2] < 0.1 and tail[2] > 0.9, "as seen"
     assert (fresh[1:] > 0.85).all() and (fresh[1:] <= 0.97).all(), "as tails are, and better"
     for _ in range(100):
-        seen.update([(0, False, 8, 0)])
+        saw(seen, (FRESH, 8, 0))
     assert seen.rates(8)[1, 1] < 0.1
     for _ in range(100):
-        seen.update([(3, False, 8, 6)])
+        saw(seen, (TAILS, 8, 6))
     assert seen.rates(8)[1, 1] < 0.2, "not forgotten at once"
     for _ in range(2000):
-        seen.update([(3, False, 8, 6)])
+        saw(seen, (TAILS, 8, 6))
     assert seen.rates(8)[1, 1] > 0.8
 
 
@@ -159,8 +194,8 @@ class Restless(PlannedDecoder):
     def __init__(self, *args: object, plans: Sequence[Plan], **kwargs: object) -> None:
         super().__init__(*args, times={n: Times([(1, 1.0), (2, 1.0)]) for n in (1, 2, 3)}, **kwargs)  # type: ignore[arg-type]
         self.random, self.plans, self.used = random.Random(1), list(plans), set[str]()
-        self.right: list[list[tuple[int, int]]] = []
-        self.noted: list[list[tuple[int, int]]] = []
+        self.right: list[list[tuple[bool, int]]] = []  # whether they are tails, and how many
+        self.noted: list[list[tuple[bool, int]]] = []
         self.seen_rows: list[list[int]] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
@@ -171,7 +206,7 @@ class Restless(PlannedDecoder):
         self.policy.plan = self.random.choice(self.plans)
         shape = self.shape()
         self.used.add(self.policy.plan.method if shape.drafts > 1 or not shape.proposals else "draft")
-        self.right.append([(o[0] - 1, len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
+        self.right.append([(o[0] > 1, len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
         self.noted.append([])
         return super().step()
 
@@ -197,10 +232,12 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
     decoder = Restless(qwen3.core, draft_len=6, plans=plans)
     real = Acceptance.update
 
-    def noting(self: Acceptance, tested: Sequence[tuple[int, bool, int, int]]) -> None:
-        decoder.noted[-1] = [(behind, count) for behind, _, count, _ in tested]
-        assert all(0 <= accepted <= count for *_, count, accepted in tested)
-        real(self, tested)
+    def noting(self: Acceptance, kinds: Counts, counts: Counts, accepted: Counts) -> None:
+        decoder.noted[-1] = [
+            (kind == TAILS, count) for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)
+        ]
+        assert (accepted >= 0).all() and (accepted <= counts).all()
+        real(self, kinds, counts, accepted)
 
     monkeypatch.setattr(Acceptance, "update", noting)
     found = generation.generate(qwen3.core, PROMPTS, params, lambda: decoder, 3)

@@ -38,37 +38,41 @@ PRIOR = 0.7, 2.0
 TAIL, MOST = 0.9, 0.97
 """What a draft of a tail is believed to be worth of a fresh one, before either is seen; and of any, at most."""
 KINDS = 3
+FELL, FRESH, TAILS = range(KINDS)
+"""Kinds of drafts: fresh ones behind a step of which none stood, other fresh ones, and tails."""
 MARGIN = 1.03
 """How much quicker another plan must look: looks are noisy, and changing costs a step."""
 
 Rates = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 class Acceptance:
     """How often the first, second, … draft was accepted, given that those before it were; the past fades."""
 
     def __init__(self) -> None:
-        self._hits: Rates = np.zeros((KINDS, 0))
-        self._seen: Rates = np.zeros((KINDS, 0))
+        # Of each kind how often each draft was compared, and below, how often it stood; none is at place 0.
+        self._told: Rates = np.zeros((2 * KINDS, 1))
 
-    def update(self, tested: Sequence[tuple[int, bool, int, int]]) -> None:
-        """Take what one step found.
+    def update(self, kinds: Counts, counts: Counts, accepted: Counts) -> None:
+        """Take what one step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
 
         Args:
-            tested: for each row how far into their block its drafts begin (0: they are fresh), whether none stood of
-                those before them, how many there were, and how many were accepted.
+            kinds: (R,), `FELL`, `FRESH` or `TAILS`.
+            counts: (R,), how many there were, at least 1.
+            accepted: (R,), how many of them were accepted.
         """
-        kinds = [2 if behind else 0 if fell else 1 for behind, fell, *_ in tested]
-        weight = np.full((KINDS, 1), STALE)
-        weight[kinds] = FORGET
-        self._hits *= weight
-        self._seen *= weight
-        for kind, (*_, count, accepted) in zip(kinds, tested, strict=True):
-            last = 1 + min(accepted + 1, count)  # one past the last that was compared
-            if (room := last - self._seen.shape[1]) > 0:
-                self._hits, self._seen = (np.pad(each, ((0, 0), (0, room))) for each in (self._hits, self._seen))
-            self._seen[kind, 1:last] += 1
-            self._hits[kind, 1 : 1 + accepted] += 1
+        ends = np.concatenate([np.minimum(accepted + 1, counts), accepted]) + 1  # one past the last: compared, stood
+        most = int(ends.max())
+        if (room := most - self._told.shape[1]) > 0:
+            self._told = np.pad(self._told, ((0, 0), (0, room)))
+        # How many ends lie behind each place: all, without those up to it.
+        both, width = np.concatenate([kinds, kinds + KINDS]), most + 1
+        ended = np.bincount(both * width + ends, minlength=2 * KINDS * width).reshape(2 * KINDS, width)
+        behind = ended[:, ::-1].cumsum(1)[:, ::-1]
+        met = behind[:KINDS, 0] > 0
+        self._told *= np.where(np.concatenate([met, met]), FORGET, STALE)[:, None]
+        self._told[:, 1:most] += behind[:, 2:]
 
     def rates(self, longest: int) -> Rates:
         """(3, longest) probabilities, of fresh drafts where the last ones fell, of others, and of tails; entry 0, the
@@ -76,9 +80,10 @@ class Acceptance:
 
         A place hardly seen takes after those seen of its kind, and a kind hardly seen after the others.
         """
-        hits, seen = np.zeros((KINDS, longest)), np.zeros((KINDS, longest))
-        known = min(longest, self._seen.shape[1])
-        hits[:, :known], seen[:, :known] = self._hits[:, :known], self._seen[:, :known]
+        told = np.zeros((2 * KINDS, longest))
+        known = min(longest, self._told.shape[1])
+        told[:, :known] = self._told[:, :known]
+        seen, hits = told[:KINDS], told[KINDS:]
         value, weight = PRIOR
         stood, asked = hits[:, 1:].sum(1), seen[:, 1:].sum(1)
         fell = (stood[0] + value * weight) / (asked[0] + weight)
@@ -105,14 +110,23 @@ def tokens_per_step(plan: Plan, rates: Rates) -> float:
     survive = np.cumprod(rates[:, :k], axis=1)
     # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 where the last ones fell, and
     # k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.
+    kinds, there = _states(k)
+    chain = np.zeros((k + 1, k + 1))
+    chain[:, :k] = survive[kinds] * there
+    moves = (chain[:, :-1] - chain[:, 1:]) @ _moves(plan)
+    share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
+    for _ in range(8):
+        share = share @ share
+    made = float(share[k] @ chain.sum(1))  # from the prefill's
+    return (made + 1) / 2 if plan.method == "linear" else made  # the drafting step makes one token certain too
+
+
+@cache
+def _states(k: int) -> tuple[Counts, NDArray[np.bool_]]:
+    """Of each state the kind of its drafts, (k + 1,), and which there are, (k + 1, k)."""
     kinds, begins = np.full(k + 1, 2), np.append(np.arange(k), 0)
     kinds[0], kinds[k] = 0, 1
-    chain = np.zeros((k + 1, k + 1))
-    chain[:, :k] = survive[kinds] * (np.add.outer(begins, np.arange(k)) < k)
-    moves = (chain[:, :-1] - chain[:, 1:]) @ _moves(plan)
-    share = np.linalg.matrix_power((moves + np.eye(k + 1)) / 2, 256)[k]  # from the prefill's; lazy, so no cycles
-    made = float(share @ chain.sum(1))
-    return (made + 1) / 2 if plan.method == "linear" else made  # the drafting step makes one token certain too
+    return kinds, np.add.outer(begins, np.arange(k)) < k
 
 
 def speed(plan: Plan, rates: Rates, seconds: Callable[[Shape], float]) -> float:

@@ -6,10 +6,13 @@ A policy sees how many drafts are at hand and how many were accepted; it never s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Protocol
 
+import numpy as np
+
 from tidar.decode.plan import AR, SINGLE, Plan, Shape, candidates
-from tidar.decode.planner import Acceptance, Clock, best, speed
+from tidar.decode.planner import FELL, FRESH, TAILS, Acceptance, Clock, Counts, best, speed
 
 __all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
@@ -119,11 +122,11 @@ class Planning:
         self._idle = 0
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
-        self._behind: list[int] = []  # offset of the certain token in its row's block
-        self._fell: list[bool] = []  # whether none stood of the last drafts
+        self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
+        self._fell = np.zeros(0, dtype=np.bool_)  # whether none stood of the last drafts
 
     def open(self, rows: int) -> int:
-        self._block, self._behind, self._fell = self._draft_len, [0] * rows, [False] * rows
+        self._block, self._behind, self._fell = self._draft_len, np.zeros(rows, np.int64), np.zeros(rows, np.bool_)
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
@@ -154,24 +157,21 @@ class Planning:
     def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
         if seconds is not None:
             self.times.update(shape, seconds)
-        tested = []
-        for row, (n, behind) in enumerate(zip(accepted, self._behind, strict=True)):
-            count = min(shape.drafts, self._block - behind) - 1
-            if count > 0:
-                tested.append((behind, self._fell[row], count, min(n - 1, count)))
-                self._fell[row] = n == 1
-        if tested:
-            self.acceptance.update(tested)
-        levels = [max((j for j in shape.proposals if j <= n), default=None) for n in accepted]
+        n = np.asarray(accepted)
+        count = np.minimum(shape.drafts, self._block - self._behind) - 1
+        tested = count > 0
+        if tested.any():
+            kinds = np.where(self._behind > 0, TAILS, np.where(self._fell, FELL, FRESH))
+            self.acceptance.update(kinds[tested], count[tested], np.minimum(n - 1, count)[tested])
+            self._fell = np.where(tested, n == 1, self._fell)
         self._block = shape.masks
-        self._behind = [self._block if j is None else n - j for n, j in zip(accepted, levels, strict=True)]
+        self._behind = _behind(shape)[n]
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
         if next(self._looking, None) is None:
             self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def select(self, rows: Sequence[int]) -> None:
-        self._behind = [self._behind[r] for r in rows]
-        self._fell = [self._fell[r] for r in rows]
+        self._behind, self._fell = self._behind[list(rows)], self._fell[list(rows)]
 
     def _look(self, share: int) -> Iterator[Plan]:
         """Look at ``share`` plans at a time, then follow the quickest."""
@@ -181,3 +181,10 @@ class Planning:
             if number % share == 0:
                 yield plan
         self.plan = best(speeds, self.plan)
+
+
+@cache
+def _behind(shape: Shape) -> Counts:
+    """(K + 1,), for n accepted drafts the offset of the certain token in the block that drafts what follows."""
+    levels = [max((j for j in shape.proposals if j <= n), default=None) for n in range(shape.drafts + 1)]
+    return np.array([shape.masks if j is None else n - j for n, j in enumerate(levels)], dtype=np.int64)
