@@ -1,12 +1,13 @@
 """Ways to teach the drafts, compared: the same base, the same clean tokens in the same order, one change at a time.
 
     python runs/compare_drafts.py --base run/python-17m-ar/model --work DIR [--tokens 30_000_000] [--ways ce kl mix ...]
+    python runs/compare_drafts.py --table
 
 Each way is the recipe `python-17m` with a few settings changed (WAYS below), trained from the base for so many clean
 tokens; a rollout costs about as much time again, which ``tokens_per_second`` shows. Then tokens per forward on held-out
 prompts are decoded, greedily and sampled. One line a way goes to results/compare_drafts.jsonl: its settings, the final
 validation (bits per byte of the AR half among it), and both decodings. A way whose run is whole in DIR is not run
-again.
+again. ``--table`` trains nothing and prints the lines as a table in Markdown.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import tidar
 from runs import holdout, tokens_per_forward
 from runs.script import run
+from tidar.errors import TidarError
 from tidar.provenance import record
 from tidar.recipes import load_recipe
 from tidar.train.trainer import train
@@ -94,12 +96,34 @@ def decoded(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {line["sampling"]: {name: line[name] for name in kept} for line in lines}
 
 
+def table(path: Path) -> str:
+    """The newest line of each way, the best greedy drafts first."""
+    try:
+        lines = {line["way"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    except OSError as error:
+        raise TidarError(f"cannot read {path} ({error}): train first, or name another --out") from error
+    rows = []
+    for way, line in lines.items():
+        rates = [
+            line["tokens_per_forward"][sampling][part].get("tokens_per_forward", float("nan"))
+            for sampling in ("greedy", "sampled")
+            for part in ("all", "not_repeating")
+        ]
+        rows.append(
+            (-rates[0], [way, *(f"{rate:.2f}" for rate in rates), f"{line['validation']['bits_per_byte']:.3f}"])
+        )
+    head = ["way", "greedy", "not repeating", "T = 0.8", "not repeating", "AR bits/byte"]
+    cells = [head, ["---"] * len(head), *(row for _, row in sorted(rows))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     from runs.train import setting
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="the AR model to start from")
-    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--base", help="the AR model to start from")
+    parser.add_argument("--work", type=Path, help="folder for the runs")
+    parser.add_argument("--table", action="store_true", help="only print what is in --out")
     parser.add_argument("--corpus", default="corpus", help="prepared data")
     parser.add_argument("--tokens", type=int, default=30_000_000, help="clean tokens of each run")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
@@ -111,6 +135,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "compare_drafts.jsonl")
     args = parser.parse_args(argv)
+    if args.table:
+        print(table(args.out))
+        return
+    if args.base is None or args.work is None:
+        parser.error("--base and --work are needed, or --table")
     for way in args.ways:
         model, validation = trained(way, args)
         numbers = {"validation": validation, "tokens_per_forward": decoded(model, args)}

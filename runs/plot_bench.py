@@ -29,9 +29,9 @@ from tidar.errors import TidarError
 ROOT = Path(__file__).resolve().parent.parent
 GREY, BLUE, ORANGE, GREEN = "#8c8c8c", "#1f5fa8", "#d9822b", "#3a7d44"
 REFERENCE = "python-17m"
-STEP = ("model", "dtype", "weights", "step", "draft_len", "batch", "prefix", "sampled", "deterministic")
+STEP = ("model", "dtype", "weights", "adapter_rank", "step", "draft_len", "batch", "prefix", "sampled", "deterministic")
 DECODE = ("model", "dtype", "weights", "method", "batch", "sampling", "prompt_tokens", "deterministic")
-FORMER = {"draft_len": 16, "prompt_tokens": 256, "deterministic": False, "weights": None}
+FORMER = {"draft_len": 16, "prompt_tokens": 256, "deterministic": False, "weights": None, "adapter_rank": 0}
 """What lines do not tell that were recorded before these could be chosen."""
 
 Line = dict[str, Any]
@@ -62,8 +62,8 @@ def newest(path: Path, keys: Sequence[str]) -> list[Line]:
 
 
 def usual(line: Line) -> bool:
-    """Of drafts and prompts as long as ever, and decoded as fast as can be; whatever its weights."""
-    return all(line[key] == FORMER[key] for key in ("draft_len", "prompt_tokens", "deterministic") if key in line)
+    """Of drafts and prompts as long as ever, without adapters, and as fast as can be; whatever its weights."""
+    return all(line[key] == FORMER[key] for key in ("draft_len", "prompt_tokens", "deterministic", "adapter_rank"))
 
 
 def held_in(lines: Sequence[Line], weights: str | None) -> list[Line]:
@@ -175,7 +175,8 @@ def _cell(line: Line) -> str:
 
 
 def tables(steps: Sequence[Line], decoding: Sequence[Line]) -> Iterator[str]:
-    """Markdown, each table behind a line that names it: steps, decoding at batch 1, greedy decoding in batches."""
+    """Markdown, each table behind a line that names it: steps, with adapters too, decoding at batch 1, greedy decoding
+    in batches, and what the planner makes of each batch."""
     rows: list[tuple[Any, ...]]
     for name, lines in reversed(series(steps).items()):
         rows = [
@@ -190,6 +191,7 @@ def tables(steps: Sequence[Line], decoding: Sequence[Line]) -> Iterator[str]:
             for line in lines
         ]
         yield f"{name}\n\n" + table(("step", "queries", "ms", "floor, ms", "floor / time", "over AR"), rows)
+    yield from adapters(steps)
     for name, lines in by_sampling(decoding, 1).items():
         rows = []
         for line in lines:
@@ -205,13 +207,58 @@ def tables(steps: Sequence[Line], decoding: Sequence[Line]) -> Iterator[str]:
     batches = sorted({line["batch"] for line in decoding} - {1})
     columns = {b: {line["method"]: line for line in by_sampling(decoding, b).get("greedy", [])} for b in batches}
     methods = list(dict.fromkeys(method for found in columns.values() for method in found))
-    if not methods:
-        return
+    if methods:
+        rows = []
+        for method in methods:
+            cells = [_cell(found[method]) if method in found else "" for found in columns.values()]
+            rows.append((method, *cells))
+        columns_of = [f"batch {b}: tokens/s, over AR (95 %)" for b in batches]
+        yield "batches, greedy\n\n" + table(["method", *columns_of], rows)
+    yield from planner(decoding)
+
+
+def adapters(steps: Sequence[Line]) -> Iterator[str]:
+    """Steps of each model with adapters beside those without."""
+    found: dict[tuple[str, int], dict[int, dict[str, Line]]] = {}
+    for line in steps:
+        if line["batch"] == 1 and not line["sampled"] and usual({**line, "adapter_rank": 0}):
+            of_model = found.setdefault((line["model"], line["prefix"]), {})
+            of_model.setdefault(line["adapter_rank"], {})[line["step"]] = line
+    for (model, prefix), by_rank in found.items():
+        ranks = sorted(set(by_rank) - {0})
+        if not ranks:
+            continue
+        rows = []
+        for step, plain in sorted(by_rank.get(0, {}).items(), key=lambda each: each[1]["queries"]):
+            if all(step in by_rank[rank] for rank in ranks):
+                times = [f"{by_rank[rank][step]['milliseconds']:.3f}" for rank in ranks]
+                rows.append((step, plain["queries"], f"{plain['milliseconds']:.3f}", *times))
+        head = ("step", "queries", "ms without", *(f"ms, rank {rank}" for rank in ranks))
+        yield f"adapters, {model}, prefix {prefix}\n\n" + table(head, rows)
+
+
+def planner(decoding: Sequence[Line]) -> Iterator[str]:
+    """The planner beside the best of the methods that were timed with it, for each sampling, prompt and batch."""
+    found: dict[tuple[str, int, int], dict[str, Line]] = {}
+    for line in decoding:
+        if line["model"] == REFERENCE and usual({**line, "prompt_tokens": FORMER["prompt_tokens"]}):
+            name = f"T = {line['sampling']['temperature']}" if line["sampling"] else "greedy"
+            found.setdefault((name, line["prompt_tokens"], line["batch"]), {})[line["method"]] = line
     rows = []
-    for method in methods:
-        cells = [_cell(found[method]) if method in found else "" for found in columns.values()]
-        rows.append((method, *cells))
-    yield "batches, greedy\n\n" + table(("method", *(f"batch {b}: tokens/s, over AR (95 %)" for b in batches)), rows)
+    for (name, prompt, batch), methods in sorted(found.items()):
+        if "auto" not in methods:
+            continue
+        auto = methods.pop("auto")
+        fixed = max(
+            (x for x in methods.values() if x["prompts"] == auto["prompts"]), key=lambda x: x["tokens_per_second"]
+        )
+        share = auto["tokens_per_second"] / fixed["tokens_per_second"]
+        over, interval = speedup(auto)
+        best = f"{fixed['method']}, {speedup(fixed)[0]}"
+        rows.append((name, prompt, batch, best, f"{over} ({interval})", f"{share:.2f}"))
+    if rows:
+        head = ("sampling", "prompt", "batch", "best fixed, over AR", "auto over AR (95 %)", "auto / best fixed")
+        yield "the planner\n\n" + table(head, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -88,7 +88,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("step", "decode"):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / "results" / f"bench_{name}.jsonl")
     args = parser.parse_args(argv)
-    steps = [line for line in newest(args.step, STEP) if line["batch"] == 1 and not line["sampled"]]
+    steps = [
+        line
+        for line in newest(args.step, STEP)
+        if line["batch"] == 1 and not line["sampled"] and not line["adapter_rank"]
+    ]
     decoded = [line for line in newest(args.decode, DECODE) if line["model"] == REFERENCE and line["batch"] == 1]
     decoded = [line for line in decoded if line["prompt_tokens"] == FORMER["prompt_tokens"] and line.get("accepted")]
     steps, decoded = ([n for n in held_in(lines, None) if not n["deterministic"]] for lines in (steps, decoded))

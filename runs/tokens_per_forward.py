@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", type=int, default=200, help="prompts compared with autoregressive decoding")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--general", action="store_true", help="not the fast path: the same counts, nothing to compile")
     parser.add_argument("--out", type=Path, default=RESULTS / "tokens_per_forward.jsonl")
     parser.add_argument("--acceptance", type=Path, default=RESULTS / "acceptance.jsonl")
     args = parser.parse_args(argv)
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     torch.set_float32_matmul_precision("highest")
     warnings.filterwarnings("ignore", message="draft length")
-    model = tidar.load(args.checkpoint, device=args.device, dtype=args.dtype)
+    model = tidar.load(args.checkpoint, device=args.device, dtype=args.dtype, fast=False if args.general else None)
     if args.select:
         prompts = holdout.select(args.select, model.core.tokenizer, count=args.count, per_package=args.per_package)
     else:

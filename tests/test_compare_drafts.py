@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,20 @@ def test_every_way_is_a_recipe() -> None:
     recipes = [load_recipe("python-17m", changes) for changes in compare_drafts.WAYS.values()]
     assert sum(recipe == plain for recipe in recipes) == 1, "one of them is the recipe itself"
     assert len({str(recipe) for recipe in recipes}) == len(recipes)
+
+
+def test_the_table_has_the_newest_line_of_each_way_the_best_first(tmp_path: Path) -> None:
+    def line(way: str, rate: float) -> str:
+        parts = {"all": {"tokens_per_forward": rate}, "not_repeating": {"outputs": 0}}
+        numbers = {"validation": {"bits_per_byte": 0.7}, "tokens_per_forward": {"greedy": parts, "sampled": parts}}
+        return json.dumps({"way": way, **numbers}) + "\n"
+
+    (tmp_path / "ways.jsonl").write_text(line("ce", 3.0) + line("kl", 2.0) + line("ce", 1.5))
+    done = script("compare_drafts.py", "--table", "--out", str(tmp_path / "ways.jsonl"))
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[2:]
+    assert rows == ["| kl | 2.00 | nan | 2.00 | nan | 0.700 |", "| ce | 1.50 | nan | 1.50 | nan | 0.700 |"]
+    assert script("compare_drafts.py", "--table", "--out", str(tmp_path / "absent")).returncode == 2
 
 
 @pytest.mark.slow

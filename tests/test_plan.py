@@ -39,8 +39,9 @@ def test_parameters_are_counted_without_weights(
     model = load_model(converted(family))
     wanted = sum(weight.numel() for weight in model.parameters())
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
-    found = sizes(config(tmp_path, converted(family)))
+    found = sizes(config(tmp_path, converted(family), transition=0))
     assert found.total == wanted
+    assert sizes(config(tmp_path, converted(family), objective="ar")).total == wanted, "only drafts have a transition"
     assert found.layers == model.hf.config.num_hidden_layers and found.vocab == model.vocab_size
     assert sum(count for _, count in found.attending) == found.layers
     assert {window for window, _ in found.attending} == set(model.windows)
@@ -193,7 +194,8 @@ def test_memory_is_shared_and_recomputed() -> None:
 
 
 def test_slices_and_adapters_need_less() -> None:
-    size, plain = sizes(big(seq_len=16384, micro_batch=1)), big(seq_len=16384, micro_batch=1)
+    plain = big(seq_len=16384, micro_batch=1, transition=0)
+    size = sizes(plain)
     sliced = replace(plain, mask_slice=2048)
     whole, less = memory(size, plain, 8), memory(size, sliced, 8)
     assert less.activations < 0.7 * whole.activations and less.logits <= whole.logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,19 @@ import pytest
 from train_data import records
 from transformers import AutoConfig
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import tidar
+from runs.compare_drafts import WAYS
 from tidar.bench.shapes import SHAPES
 from tidar.errors import TidarError
 from tidar.recipes import RECIPES, load_recipe
+from tidar.train.config import TrainConfig
 from tidar.train.plan import ROOM, memory
 from tidar.train.sizes import sizes_of
 from tidar.train.trainer import train
+
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -29,7 +36,7 @@ def test_the_control_sees_what_tidar_sees() -> None:
     first, then, control = (load_recipe(f"python-17m{name}") for name in ("", "-rollout", "-control"))
     assert control.tokens == first.tokens + then.tokens
     assert then.model == f"{first.out}/model"
-    drafting = {"block_sizes", "kl_weight"}
+    drafting = {"block_sizes", "kl_weight", "transition", "offset_decay"}
     named, plain = RECIPES["python-17m"], RECIPES["python-17m-control"]
     differing = {k for k in {*named, *plain} if named.get(k) != plain.get(k)}
     assert differing == {"out", "objective", "tokens", *drafting}
@@ -49,7 +56,19 @@ def test_recipes_of_the_paper(name: str, billions: int, sizes: tuple[int, ...] |
     assert plan.tokens == billions * 10**9 and (plan.batch_tokens, plan.seq_len) == (2**21, 4096)
     assert (plan.lr, plan.min_lr, plan.warmup, plan.optimizer) == (1e-5, 3e-6, 0.01, "adamw")
     assert (plan.alpha, plan.kl_weight, plan.draft_text, plan.masking) == (1.0, 0.0, "corpus", "full")
+    assert (plan.transition, plan.offset_decay) == (0, 1.0), "what drafts better is the default, not the paper's"
     assert plan.objective == "ar" if sizes is None else plan.block_sizes == sizes
+
+
+def test_what_drafted_best_is_the_default() -> None:
+    """results/compare_drafts.jsonl: of the ways that read each text once, so that nothing is paid for but tokens."""
+    lines = [json.loads(line) for line in (RESULTS / "compare_drafts.jsonl").read_text().splitlines()]
+    rates = {x["way"]: x["tokens_per_forward"]["greedy"]["all"]["tokens_per_forward"] for x in lines}
+    best = max((way for way in rates if "own text" not in way), key=lambda way: rates[way])
+    plain = load_recipe("python-17m", WAYS[best])
+    default = TrainConfig(data=plain.data)
+    for name in ("kl_weight", "kl_from", "transition", "offset_decay", "draft_text"):
+        assert getattr(plain, name) == getattr(default, name), name
 
 
 @pytest.mark.parametrize("shape", ["qwen2.5-1.5b", "qwen3-8b"])

@@ -335,6 +335,8 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decoding += [timed("ar", 1.0, batch=4), timed("tidar k=4", 1.25, batch=4), timed("ar", 1.0, model="other")]
     steps.append(stepped("large", "ar", 1, 3.0, weights="int8"))
     decoding += [timed("ar", 1.0, weights="fp8"), timed("auto", 2.25, weights="fp8")]
+    steps.append(stepped("large", "tidar", 20, 10.0, adapter_rank=8))
+    decoding += [timed(method, x, prompt_tokens=9) for method, x in (("ar", 1.0), ("tidar k=4", 2.0), ("auto", 1.5))]
     words = []
     for name, lines in (("step", steps), ("decode", decoding)):
         path = tmp_path / f"{name}.jsonl"
@@ -357,6 +359,9 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("int8 weights, large, prefix 64\n\n") == printed.count("| ar | 1 | 3.000 |") == 2
     assert "fp8 weights, batch 1, greedy\n\n" in printed and printed.count("11,250") == 2
     assert "| tidar k=4 | 6,250, 1.25x (1.12–1.38) |" in printed
+    assert "adapters, large, prefix 64\n\n" in printed and "| tidar | 20 | 8.000 | 10.000 |" in printed
+    assert "| greedy | 9 | 1 | tidar k=4, 2.00x | 1.50x (1.35–1.65) | 0.75 |" in printed
+    assert "| greedy | 256 | 1 | tidar k=4, 2.50x | 3.00x (2.70–3.30) | 1.20 |" in printed
     kept = plot_bench.held_in(plot_bench.newest(tmp_path / "decode.jsonl", plot_bench.DECODE), None)
     shown = plot_bench.against_ar(plot_bench.by_sampling(kept, 1)["greedy"])
     assert [(line["method"], line["speedup"]) for line in shown] == [("auto", 3.0), ("tidar k=4", 2.5)]

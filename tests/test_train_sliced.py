@@ -135,10 +135,10 @@ def test_rounding_is_that_of_the_whole(converted: Converted) -> None:
     """fp32 and bf16 products: the sliced gradient is as far from fp64's as the whole one, though it is a sum over
     many more slices than there would be."""
     folder = converted("qwen3")
-    exact = stepped(made_ready(folder, LONG, mask_slice=0), LONG)[1]
+    exact = stepped(made_ready(folder, LONG, mask_slice=0, transition=0), LONG)[1]
 
     def error(mask_slice: int, dtype: str) -> float:
-        stepper = made_ready(folder, LONG, mask_slice=mask_slice, dtype="float32")
+        stepper = made_ready(folder, LONG, mask_slice=mask_slice, transition=0, dtype="float32")
         object.__setattr__(stepper.config, "dtype", dtype)
         found = stepped(stepper, LONG)[1]
         parts = [(found[n].double() - g).norm() / g.norm() for n, g in exact.items()]

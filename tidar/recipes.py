@@ -48,8 +48,11 @@ _WEB: dict[str, Any] = {
     "lanes": 256,
     "holdout": 0.002,
 }
+# Of the paper, and of the runs that made the first half of the reference checkpoint.
+_PLAIN_DRAFTS: dict[str, Any] = {"kl_weight": 0.0, "transition": 0, "offset_decay": 1.0}
 # The paper's recipe (section 4.1), for 8 GPUs of 80 GiB or any more; AdamW's settings are ours where it gives none.
 _PAPER: dict[str, Any] = {
+    **_PLAIN_DRAFTS,
     "data": _WEB,
     "device": "cuda",
     "dtype": "bf16",
@@ -107,6 +110,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "python-17m": {
             **_FROM_BASE,
+            **_PLAIN_DRAFTS,
             "out": "run/python-17m",
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
@@ -114,12 +118,13 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # The same, but the base is frozen, and masks alone have adapters.
         "python-17m-adapters": {
             **_FROM_BASE,
+            **_PLAIN_DRAFTS,
             "out": "run/python-17m-adapters",
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
             "alpha": 0.0,
-            "adapter_rank": 64,
-            "lr": 1e-2,
+            "adapter_rank": 256,
+            "lr": 2e-2,
             "min_lr": 1e-4,
         },
         # Goes on from the first: drafts learn what the model itself would write, each knowing the one before.

@@ -31,7 +31,8 @@ class Policy(Protocol):
         ...
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
-        """Decoding begins; ``times`` tells what steps of plans take here, measuring them if it must."""
+        """Decoding begins, or goes on with fewer rows; ``times`` tells what steps of plans take here, measuring them if
+        it must."""
         ...
 
     def shape(self, held: int) -> Shape:
@@ -120,19 +121,25 @@ class Planning:
         self._draft_len = draft_len
         self._plans = list(candidates(draft_len) if plans is None else plans)
         self._idle = 0
+        self._new = True
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
         self._fell = np.zeros(0, dtype=np.bool_)  # whether none stood of the last drafts
 
     def open(self, rows: int) -> int:
+        self._new = True
         self._block, self._behind, self._fell = self._draft_len, np.zeros(rows, np.int64), np.zeros(rows, np.bool_)
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
         self.times = times(self._plans)
-        for _ in self._look(len(self._plans)):
-            pass
+        if self._new:
+            for _ in self._look(len(self._plans)):
+                pass
+            self._new = False
+        else:  # while the GPU works on
+            self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def shape(self, held: int) -> Shape:
         wanted = self._wanted(held)

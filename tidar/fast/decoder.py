@@ -66,6 +66,9 @@ class FastDecoder:
         )
         self._rows = list(range(len(prompts)))
         self._launched = 0
+        longest = engine.core.max_positions
+        ends = [min(len(p) + each.max_new_tokens, longest) for p, each in zip(prompts, params, strict=True)]
+        self._halfway = max((len(p) + end) // 2 for p, end in zip(prompts, ends, strict=True))
         masks = self._policy.open(len(prompts))
         self._held = max(1, masks)
         certain, self.forwards = engine.prefill(self._slots, prompts, masks, self._flags)
@@ -121,7 +124,7 @@ class FastDecoder:
         self._read.append((flight.shape, [entry[r][1 : 1 + entry[r][0]] for r in flight.rows]))
 
     def _plan(self) -> None:
-        self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags))
+        self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags, self._halfway))
 
     def _check(self, bad: bool) -> None:
         if bad:

@@ -88,6 +88,7 @@ class Engine:
         self._pages: Pages | None = None
         self._slots: list[tuple[Slots, weakref.ref[object]]] = []
         self.latency = Latency(core)
+        self._clocks: dict[object, Measured] = {}
 
     def open(
         self, user: object, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
@@ -166,11 +167,23 @@ class Engine:
         cache = torch.cuda.get_device_properties(self.core.device).L2_cache_size
         return bool(held + lean.head.nbytes <= cache or (rows <= 32 and held <= SHORT * len(weights)))
 
+    def clock(self, slots: Slots, plans: Sequence[Plan], flags: Flags, halfway: int) -> Clock:
+        """What steps of these plans take for these rows; measured once, and asked for again whenever rows have left.
+
+        Args:
+            slots: the rows.
+            plans: of which.
+            flags: of the steps.
+            halfway: the longest prefix that a row will have when half of its tokens are made.
+        """
+        prefix = max(LEAST_PREFIX, 1 << halfway.bit_length())
+        key = slots.rows, prefix, flags, tuple(plans)
+        if key not in self._clocks:
+            self._clocks[key] = self._measured(slots, plans, flags, prefix)
+        return self._clocks[key]
+
     @torch.inference_mode()
-    def clock(self, slots: Slots, plans: Sequence[Plan], flags: Flags) -> Clock:
-        """What steps of these plans take for these rows, with the prefixes they will have halfway; measured once."""
-        halfway = (slots.lengths + slots.limits) // 2
-        prefix = max(LEAST_PREFIX, 1 << int(halfway.max()).bit_length())
+    def _measured(self, slots: Slots, plans: Sequence[Plan], flags: Flags, prefix: int) -> Measured:
         # And the steps by which a plan begins without drafts.
         first = [Shape(1, (1,), plan.draft_len) for plan in plans if plan.draft_len > 1]
         every = list(dict.fromkeys([*first, *(shape for plan in plans for shape in shapes(plan))]))
@@ -182,8 +195,9 @@ class Engine:
             if sys.stderr.isatty():
                 print("tidar: measuring what steps take here; once, up to a minute", file=sys.stderr)
             with slots.untouched():
-                slots.lengths.copy_(halfway)
-                slots.limits.copy_(halfway)  # rows at rest: a step moves nothing
+                rest = (slots.lengths + slots.limits) // 2
+                slots.lengths.copy_(rest)
+                slots.limits.copy_(rest)  # rows at rest: a step moves nothing
                 times = self.latency.measure([self.step(slots, shape, flags) for shape in every])
             known = dict(zip(every, times, strict=True))
             self.latency.keep(key, known)

@@ -121,9 +121,8 @@ def default_tiles(
         return _of_few(n_rows, features, depth, itemsize, held)
     if narrow:
         return _widened(n_rows, features, depth, itemsize) if n_rows <= UNTIL else None
-    fitting = [cols for cols in (128, 64, 32) if features >= 96 * cols]
-    if n_rows <= 64 and fitting:
-        return _cut((64, fitting[0], 128 if fitting[0] == 32 else 64, 4), depth, itemsize)
+    if n_rows <= 64 and features > 64 * PROCESSORS:
+        return replace(_cut((64, 64, 64, 4), depth, itemsize), stages=4)
     return None
 
 

@@ -73,8 +73,9 @@ class TrainConfig:
     """Let each step's first blocks be short by a drawn number of tokens, since decoding starts blocks anywhere."""
     alpha: float = 1.0
     """Weight of the AR loss: L = [alpha * L_AR + L_draft] / (1 + alpha)."""
-    kl_weight: float = 0.0
-    """What the draft learns: 0 the text (cross-entropy), 1 the AR distribution of the same forward (KL), else a mix."""
+    kl_weight: float = 0.75
+    """What the draft learns: 0 the text (cross-entropy, as in the paper), 1 the AR distribution of the same forward
+    (KL), else a mix."""
     kl_from: float | None = None
     """`kl_weight` at the run's beginning, from which it moves evenly to its own by the end; by default it stays."""
     draft_text: Literal["corpus", "model"] = "corpus"
@@ -84,10 +85,12 @@ class TrainConfig:
     """Share of the blocks in which the model's own text is sampled; in the others it is greedy."""
     rollout_temperature: float = 1.0
     """Temperature of that sampling."""
-    transition: int = 0
-    """Width of a transition (`tidar.transition`) for a model that has none; 0 leaves the model as it is."""
-    offset_decay: float = 1.0
-    """A draft at offset j of its block weighs offset_decay^j: what stands behind a wrong draft is of no use."""
+    transition: int = 256
+    """Width of a transition (`tidar.transition`) that a model without one gets with objective `tidar`; 0: none, as in
+    the paper. Drafts are far better with it for the same tokens (docs/recipes.md)."""
+    offset_decay: float = 0.87
+    """A draft at offset j of its block weighs offset_decay^j: what stands behind a wrong draft is of no use. 1 in the
+    paper."""
     adapter_rank: int = 0
     """Rank of adapters that act on masks alone (`tidar.adapters`), for a model that has none: they are trained and the
     model is frozen, so its text stays what it is. 0 leaves the model as it is."""
@@ -191,8 +194,8 @@ class TrainConfig:
             )
         if not 0 < self.offset_decay <= 1:
             raise TidarError(f"offset_decay must lie in (0, 1], not {self.offset_decay}")
-        if self.transition < 0 or (self.transition and self.objective == "ar"):
-            raise TidarError(f"transition must be a width of at least 0, and 0 for objective ar, not {self.transition}")
+        if self.transition < 0:
+            raise TidarError(f"transition must be a width of at least 0, not {self.transition}")
         if self.draft_text == "model" and self.masking == "random":
             raise TidarError("draft_text model needs masking full: random masking shows parts of the corpus text")
         if self.adapter_rank < 0 or self.adapter_alpha <= 0:

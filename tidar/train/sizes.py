@@ -67,7 +67,8 @@ def sizes(config: TrainConfig) -> Sizes:
         spec = adapter_files.read(name)[0]
         name, rank, modules = adapter_files.base_of(name), spec.rank, spec.modules
     found = read_config(name) if name else fresh_config(config.arch, _token_ids(config))
-    return sizes_of(found, transition=config.transition, rank=rank, modules=modules)
+    transition = config.transition if config.objective == "tidar" else 0
+    return sizes_of(found, transition=transition, rank=rank, modules=modules)
 
 
 def sizes_of(found: PretrainedConfig, *, transition: int = 0, rank: int = 0, modules: Sequence[str] = ()) -> Sizes:
@@ -105,7 +106,7 @@ def sizes_of(found: PretrainedConfig, *, transition: int = 0, rank: int = 0, mod
         for path, part in layers[0].named_modules()
         if isinstance(part, nn.Linear) and (not modules or path.rpartition(".")[2] in modules)
     ]
-    bent = (transition or has) * 3 * width
+    bent = (has or transition) * 3 * width
     return Sizes(
         layer=layer,
         layers=len(layers),

@@ -133,11 +133,6 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
         found.spec = replace(found.spec, block_sizes=tuple(sorted(set(config.block_sizes))))
         if config.transition and found.transition is None:
             found.add_transition(config.transition).initialise(config.seed)
-        elif config.transition not in (0, found.spec.transition):
-            raise TidarError(
-                f"{found.path} has a transition of width {found.spec.transition}, not {config.transition}: leave "
-                "transition at 0 to keep it"
-            )
     return found
 
 
