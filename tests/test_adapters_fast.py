@@ -83,7 +83,7 @@ def test_the_text_is_that_of_the_base(deterministic: bool, plain: Plain) -> None
 
 def test_steps_without_masks_run_nothing_more(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     engine = Engine(adapted(plain("llama")), plain=True)
-    monkeypatch.setattr("tidar.fast.adapted.Pair.add", lambda *_: pytest.fail("a step without masks met a pair"))
+    monkeypatch.setattr("tidar.fast.adapted.Masks.rows", lambda *_: pytest.fail("a step without masks met a pair"))
     monkeypatch.setattr(engine.network.ops, "gated", lambda *_: pytest.fail("another program for clean rows"))
     each = [SamplingParams(max_new_tokens=5)]
     found = generation.generate(engine.core, PROMPTS[:1], each, lambda: FastDecoder(engine, Autoregressive()), 1)

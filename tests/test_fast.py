@@ -249,7 +249,8 @@ def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
 def test_no_graph_is_collected_during_a_capture(engine: Engine) -> None:
     old: list[object] = [engine.captured(lambda: torch.zeros(1, device=DEVICE), 1)]
     old.append(old)  # only the collector can free it
-    gone, holder, turns = weakref.ref(old[0]), [old], []
+    gone, holder = weakref.ref(old[0]), [old]
+    turns: list[int] = []
     del old
     threshold = gc.get_threshold()
 

@@ -129,6 +129,24 @@ def test_linear_add(case: Case, tiles: ProductTiles) -> None:
     assert agree(x, wanted["x"], case.dtype)
 
 
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("case", [CASES["norm"], CASES["rows over"], CASES["bfloat16"]], ids=str)
+def test_a_product_added_to_chosen_rows(case: Case, tiles: ProductTiles) -> None:
+    given: dict[str, Any] = replace(case, chosen=False).tensors()
+    draw = torch.Generator().manual_seed(1)
+    into = torch.randperm(2 * case.rows + 3, generator=draw)[: case.rows].int().to(DEVICE)
+    x = torch.randn(2 * case.rows + 3, case.features, generator=draw).to(case.dtype).to(DEVICE)
+    before, wanted = x.clone(), x.double()
+    given = {"a": given["x"], "weight": given["weight"], "bias": given["bias"]}
+    widened: dict[str, Any] = {n: None if t is None else t.double() for n, t in given.items()}
+    twin.linear_add(wanted, **widened, into=into)
+    assert products.linear_add(x, **given, into=into, tiles=tiles) is None
+    assert agree(x[into.long()], wanted[into.long()], case.dtype)
+    others = torch.ones(len(x), dtype=torch.bool, device=DEVICE)
+    others[into.long()] = False
+    assert torch.equal(x[others], before[others]), "not even rounded"
+
+
 @pytest.mark.parametrize("tiles", TILES_AND_CUBLAS.values(), ids=TILES_AND_CUBLAS.keys())
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.norm and not c.bias], ids=str)
 def test_a_norm_between_two_products(case: Case, tiles: ProductTiles | None) -> None:
@@ -397,6 +415,9 @@ def test_more_mistakes() -> None:
     a, weight = torch.zeros(2, 16), torch.zeros(4097 * 16, 16)
     with pytest.raises(TidarError, match="too many to be split"):
         products.norm_linear(a, None, weight, tiles=SPLIT)
+    for into, norm in ((torch.zeros(3).int(), None), (torch.zeros(2), None), (torch.zeros(2).int(), torch.ones(32))):
+        with pytest.raises(TidarError, match="into must be"):
+            products.linear_add(torch.zeros(9, 32), a, weight[:32], None, norm, into=into, tiles=FEW)
     odd = torch.zeros(3, 17)[:, 1:]
     with pytest.raises(TidarError, match="aligned to 16 bytes"):
         products.norm_linear(odd, None, weight[:32], tiles=TMA)
@@ -422,7 +443,7 @@ for rows in (1, 16, 32, 64, 256):
         plan = replace(plan, tma=plan.tma and not chosen)
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
         split = plan.splits > 1
-        given = dict(squares=not add, rows=chosen, bias=name == "qkv", part=split, arrived=split)
+        given = dict(squares=not add, rows=chosen, into=False, bias=name == "qkv", part=split, arrived=split)
         given |= dict.fromkeys(("norm", "scaled", "squared"), add)
         fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(scale=None)
         fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)

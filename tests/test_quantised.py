@@ -159,7 +159,7 @@ for rows in (1, 16, 32, 64, 272):
         plan = default_tiles(rows, features, depth, 2, narrow=True)
         gates, add, chosen, split = name == "mlp", name in ("out", "down"), name == "head", plan.splits > 1
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
-        given = dict(squares=not add, rows=chosen, bias=name == "qkv", part=split, arrived=split)
+        given = dict(squares=not add, rows=chosen, into=False, bias=name == "qkv", part=split, arrived=split)
         given |= dict.fromkeys(("norm", "scaled", "squared"), add)
         fixed |= dict.fromkeys([n for n in given if not given[n]])
         fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)

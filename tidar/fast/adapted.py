@@ -1,7 +1,7 @@
 """The adapters of masks (`tidar.adapters`) in a lean model: two small products beside each of the base's.
 
 Pairs of one input are one: their A's lie above each other, their B's in a block diagonal, scaled. They add to the rows
-of masks in place; clean rows, and steps without masks, are computed as without adapters.
+of masks in place (`LeanModel`); clean rows, and steps without masks, are computed as without adapters.
 
 Legend: N query rows of B texts, M masks of each, D width of an input, F features, r rank of what is joined.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +31,19 @@ class Masks(NamedTuple):
         """(B, M, ·) view of x (N, ·)."""
         return x.view(-1, self.queries, x.shape[1])[:, self.clean :]
 
-    def flat(self, x: Tensor) -> Tensor:
-        """The same as (B·M, ·), copied for several texts."""
-        return self.of(x).flatten(0, 1)
-
     def rest(self, x: Tensor) -> Tensor:
         """The other rows, (B, ·, ·)."""
         return x.view(-1, self.queries, x.shape[1])[:, : self.clean]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(B·M,) int32, the masks' rows of x (N, ·); the same tensor every time, as captured graphs want it."""
+        return _rows(len(x) // self.queries, self, x.device)
+
+
+@cache
+def _rows(texts: int, masks: Masks, device: torch.device) -> Tensor:
+    within = torch.arange(masks.clean, masks.queries)
+    return (torch.arange(texts)[:, None] * masks.queries + within).flatten().to(device, torch.int32)
 
 
 NOWHERE = Masks(0, 0)
@@ -44,16 +51,10 @@ NOWHERE = Masks(0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Joined pairs of one input: ``down`` (r, D) and ``up`` (r, F)."""
+    """Joined pairs of one input: ``down`` (r, D) and ``up`` (F, r), r filled up to a multiple of 16 by zeros."""
 
     down: Tensor
     up: Tensor
-
-    def add(self, out: Tensor, x: Tensor, masks: Masks) -> None:
-        """Add to the masks' rows of ``out`` (N, F) what the pairs make of theirs of ``x``, (B·M, D)."""
-        rows = masks.of(out)
-        inner = torch.mm(x, self.down.T).view(len(rows), -1, len(self.down))
-        rows.baddbmm_(inner, self.up.expand(len(rows), -1, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +88,17 @@ def _joined(adapters: MaskAdapters, parts: Sequence[Any]) -> Pair | None:
     pairs: list[tuple[Any, LowRank]] = [(p, pair) for p in parts if (pair := adapters.beside(p)) is not None]
     if not pairs:
         return None
-    down = torch.cat([pair.lora_A.weight for _, pair in pairs])
     rank = adapters.spec.rank
-    up = down.new_zeros(len(down), sum(part.out_features for part in parts))
-    row = column = 0
+    first = pairs[0][1].lora_A.weight
+    r = -(-rank * len(pairs) // 16) * 16
+    down = first.new_zeros(r, first.shape[1])
+    up = first.new_zeros(sum(part.out_features for part in parts), r)
+    at = feature = 0
     for part in parts:
         pair = adapters.beside(part)
         if pair is not None:
-            up[row : row + rank, column : column + part.out_features] = pair.lora_B.weight.T * pair.scale
-            row += rank
-        column += part.out_features
+            down[at : at + rank] = pair.lora_A.weight
+            up[feature : feature + part.out_features, at : at + rank] = pair.lora_B.weight * pair.scale
+            at += rank
+        feature += part.out_features
     return Pair(down, up)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
-from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks
+from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks, Pair
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
 from tidar.kernels.quantised import Quantised, Weight, joined
 from tidar.kernels.reference_products import Ready
@@ -176,11 +176,9 @@ class LeanModel:
         layer, pairs = self.layers[number], self.adapted[number] if masks.queries else NONE
         tiles = self._cut(layer.qkv, x, len(x))
         heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles, ready=ready)
-        if pairs.qkv is not None:
-            pairs.qkv.add(heads, self._normed(x, layer.norm, masks), masks)
+        self._adapt(pairs.qkv, heads, x, masks, layer.norm, ready)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
-        if pairs.out is not None:
-            pairs.out.add(x, masks.flat(mixed), masks)  # before the sum, whose norm is formed with it
+        self._adapt(pairs.out, x, mixed, masks)  # before the sum, whose norm is formed with it
         return self._add(x, mixed, layer.out, layer.out_bias, layer.mlp_norm)
 
     def mlp(self, x: Tensor, ready: Ready | None, number: int, masks: Masks = NOWHERE) -> Ready | None:
@@ -193,19 +191,35 @@ class LeanModel:
             gated = self._ops.norm_gated(*given, **options)
         else:
             gates = self._ops.norm_linear(*given, **options)
-            pairs.gate_up.add(gates, self._normed(x, layer.mlp_norm, masks), masks)
+            self._adapt(pairs.gate_up, gates, x, masks, layer.mlp_norm, ready)
             gated = self._ops.gated(gates)
             if self.deterministic:  # clean rows by the program of a step without masks, which rounds elsewhere
                 masks.rest(gated).copy_(masks.rest(self._ops.norm_gated(*given, **options)))
-        if pairs.down is not None:
-            pairs.down.add(x, masks.flat(gated), masks)
+        self._adapt(pairs.down, x, gated, masks)
         norm = self.layers[number + 1].norm if number + 1 < len(self.layers) else self.norm
         return self._add(x, gated, layer.down, layer.down_bias, norm)
 
-    def _normed(self, x: Tensor, norm: Tensor, masks: Masks) -> Tensor:
-        """(B·M, D), the masks' rows of x, normed."""
-        made: Tensor = self._ops.norm(masks.flat(x), norm, eps=self.eps)
-        return made
+    def _adapt(
+        self,
+        pair: Pair | None,
+        out: Tensor,
+        x: Tensor,
+        masks: Masks,
+        norm: Tensor | None = None,
+        ready: Ready | None = None,
+    ) -> None:
+        """Add to the masks' rows of ``out`` (N, F) what ``pair`` makes of theirs of x (N, D), normed first."""
+        if pair is None:
+            return
+        rows = masks.rows(x)
+        tiles = self._cut(pair.down, x, len(rows))
+        inner = self._ops.norm_linear(x, norm, pair.down, eps=self.eps, rows=rows, tiles=tiles, ready=ready)
+        tiles = self._cut(pair.up, x, len(rows))
+        if tiles is None:
+            texts = masks.of(out)
+            texts.baddbmm_(inner.view(len(texts), -1, inner.shape[1]), pair.up.T.expand(len(texts), -1, -1))
+        else:
+            self._ops.linear_add(out, inner, pair.up, into=rows, tiles=tiles)
 
     def _add(self, x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor) -> Ready | None:
         """``x += a · weightᵀ + bias``; what is left for the norm of the sum."""

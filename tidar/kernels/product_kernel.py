@@ -71,7 +71,7 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr):
 # and sums over them formed in another order.
 @triton.jit(do_not_specialize=["count", "squares_row"])
 def product(
-    x, rows, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
+    x, rows, into, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
     x_row, squares_row, out_row,
     D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
@@ -81,7 +81,7 @@ def product(
 
     With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D). ``squares`` are
     CHUNKS sums for each row of x, HELD the power of 2 that holds them; ``scaled`` and ``squared`` are left for the
-    product behind. ``scale`` is a quantised weight's.
+    product behind. ``scale`` is a quantised weight's. ``rows`` are taken from x, ``into`` are those of the result.
     """
     HALVES: tl.constexpr = 2 if GATES else 1
     TAKEN: tl.constexpr = COLS // HALVES
@@ -148,7 +148,10 @@ def product(
         gate, up = tl.split(tl.reshape(acc, (ROWS, TAKEN, 2)))
         acc = gate * tl.sigmoid(gate) * up
     column = first + tl.arange(0, TAKEN)
-    place = out + at.to(tl.int64)[:, None] * out_row + column[None, :]
+    given = at
+    if into is not None:
+        given = tl.load(into + at, mask=real, other=0)
+    place = out + given.to(tl.int64)[:, None] * out_row + column[None, :]
     inside = real[:, None] & (column < F)[None, :]
     if ADD:
         acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)

@@ -35,7 +35,7 @@ from tidar.kernels.pdl import options
 from tidar.kernels.product_kernel import product
 from tidar.kernels.product_tiles import ProductTiles
 from tidar.kernels.quantised import Quantised, Weight
-from tidar.kernels.reference_products import Ready, check_product
+from tidar.kernels.reference_products import Ready, check_add, check_product
 from tidar.kernels.rowwise import gated, result
 from tidar.kernels.rowwise import norm as rms_norm
 from tidar.kernels.workspace import power_of_2
@@ -93,16 +93,18 @@ def linear_add(
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     *,
+    into: Tensor | None = None,
     tiles: ProductTiles,
 ) -> Ready | None:
     """``x += a · weightᵀ + bias`` in place, the sum formed in float32 and rounded once.
 
     Args:
-        x: (N, F), rows contiguous; of a's dtype or float32.
+        x: (N, F), rows contiguous; of a's dtype or float32. With ``into`` as many rows as you like.
         a: (N, D) float32, float16 or bfloat16, rows contiguous; D a multiple of 16.
         weight: (F, D) contiguous, or quantised.
         bias: (F,).
         norm: (F,), weights of the norm that reads x next. In float16, x · norm must not overflow.
+        into: (N,) int32 or int64, the rows of x to add to, each at most once, and no norm; all by default.
         tiles: how to cut it up; for cuBLAS there is `tidar.kernels.residual.linear_add_norm`.
 
     Returns:
@@ -111,9 +113,9 @@ def linear_add(
     Raises:
         TidarError: arguments that do not fit together.
     """
-    check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
+    check_add(x, a, weight, bias, norm, into)
     if norm is None:
-        return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True)
+        return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True, into=into)
     if norm.shape != weight.shape[:1] or norm.dtype != a.dtype:
         raise TidarError(f"norm must be ({len(weight)},) {a.dtype}, not {tuple(norm.shape)} {norm.dtype}")
     return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True, norm=norm)
@@ -182,13 +184,15 @@ def _launch(
     gates: bool = False,
     add: bool = False,
     norm: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Ready | None:
     if rows is not None:
         tiles = replace(tiles, tma=False)  # it brings neighbours
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[1] % 16:
         raise TidarError(f"the kernel has no {x.dtype} of depth {x.shape[1]}: use tidar.kernels.reference_products")
     sizes = tiles.constants(x.shape[1], out.shape[1], x.element_size(), gates=gates)
-    grid = (triton.cdiv(len(out), tiles.rows), triton.cdiv(weight.shape[0], tiles.cols), tiles.splits)
+    count = len(out if into is None else into)
+    grid = (triton.cdiv(count, tiles.rows), triton.cdiv(weight.shape[0], tiles.cols), tiles.splits)
     part = arrived = None
     if tiles.splits > 1:
         part = torch.empty(math.prod(grid) * tiles.rows * tiles.cols, dtype=torch.float32, device=x.device)
@@ -203,9 +207,9 @@ def _launch(
     scaled = squared = None
     if norm is not None:
         scaled = torch.empty(out.shape, dtype=x.dtype, device=x.device)
-        squared = torch.empty(grid[1], len(out), dtype=torch.float32, device=x.device)
+        squared = torch.empty(grid[1], count, dtype=torch.float32, device=x.device)
     product[grid](
-        given[0], rows, squares, given[1], scale, bias, out, norm, scaled, squared, part, arrived, len(out), eps,
+        given[0], rows, into, squares, given[1], scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
         x.stride(0), squares_row, out.stride(0), ADD=add, CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
         **options(x.device, late=tiles.rows < 64),

@@ -18,6 +18,7 @@ from tidar.kernels.quantised import Quantised, Weight
 
 __all__ = [
     "Ready",
+    "check_add",
     "check_add_norm",
     "check_product",
     "gated",
@@ -66,11 +67,13 @@ def linear_add(
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     *,
+    into: Tensor | None = None,
     tiles: object = None,
 ) -> None:
-    """A product added in place; arguments as `tidar.kernels.products.linear_add`, the last two are not read."""
-    check_product(a, None, weight, bias, 0.0, None, x, weight.shape[0])
-    x.copy_(x + _linear(_normed(a, None, 0.0, None), weight, bias))
+    """A product added in place; arguments as `tidar.kernels.products.linear_add`, norm and tiles are not read."""
+    check_add(x, a, weight, bias, norm, into)
+    rows = slice(None) if into is None else into.long()
+    x[rows] = (x[rows] + _linear(_normed(a, None, 0.0, None), weight, bias)).to(x.dtype)
 
 
 def linear_add_norm(
@@ -132,6 +135,19 @@ def _linear(wide: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 def _into(out: Tensor | None, result: Tensor, like: Tensor) -> Tensor:
     return result.to(like.dtype) if out is None else out.copy_(result)
+
+
+def check_add(
+    x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor | None, into: Tensor | None
+) -> None:
+    """`TidarError` unless the arguments fit together."""
+    check_product(a, None, weight, bias, 0.0, None, x if into is None else x[: len(a)], weight.shape[0])
+    if into is not None and (
+        into.shape != a.shape[:1] or into.dtype not in (torch.int32, torch.int64) or norm is not None
+    ):
+        raise TidarError(
+            f"into must be ({len(a)},) int32 or int64, without a norm, not {tuple(into.shape)} {into.dtype}"
+        )
 
 
 def check_add_norm(x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor | None, eps: float) -> None:
