@@ -249,9 +249,10 @@ def planner(decoding: Sequence[Line]) -> Iterator[str]:
         if "auto" not in methods:
             continue
         auto = methods.pop("auto")
-        fixed = max(
-            (x for x in methods.values() if x["prompts"] == auto["prompts"]), key=lambda x: x["tokens_per_second"]
-        )
+        timed = [line for line in methods.values() if line["provenance"]["command"] == auto["provenance"]["command"]]
+        if not timed:
+            continue
+        fixed = max(timed, key=lambda line: line["tokens_per_second"])
         share = auto["tokens_per_second"] / fixed["tokens_per_second"]
         over, interval = speedup(auto)
         best = f"{fixed['method']}, {speedup(fixed)[0]}"

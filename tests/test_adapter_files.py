@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_adapters import PROMPTS, adapted, merged, plain  # noqa: F401
+from test_holdout import files
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import tidar
+from runs import adapters_exact, tokens_per_forward
 from tidar import adapter_files
 from tidar.checkpoint import load_model, save_model
 from tidar.cli import main
@@ -47,6 +52,32 @@ def known(base: Path, **changes: Any) -> CausalLM:
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_script_that_compares_them_with_their_base(base: Path, saved: Path, tmp_path: Path) -> None:
+    source, prompts = files(tmp_path, {"a": 2, "b": 2}), tmp_path / "prompts.jsonl.gz"
+    chosen = ["--select", str(source), "--write", str(prompts), "--checkpoint", str(base), "--count", "2"]
+    tokens_per_forward.main(chosen)
+    words = [
+        str(base),
+        str(saved),
+        "--prompts",
+        str(prompts),
+        "--new-tokens",
+        "5",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    adapters_exact.main([*words, "--general", "--out", str(tmp_path / "lines.jsonl")])
+    line = json.loads((tmp_path / "lines.jsonl").read_text())
+    assert line["logits as transformers"] == line["logits as tidar.load(base)"] == "2/2"
+    assert all(line[f"{how} k={k} as base's AR"] == "2/2" for how in ("greedy", "sampled") for k in (4, 16))
+    other = load_model(base, dtype="float32")
+    other.embedding.data.mul_(1.5)
+    model = tidar.load(str(saved), device="cpu", dtype="float32")
+    assert adapters_exact.same_logits(model, {"another": other.hf}, [[1, 2, 3]]) == {"logits as another": "0/1"}
 
 
 def test_round_trip(base: Path, tmp_path: Path) -> None:

@@ -443,12 +443,14 @@ for rows in (1, 16, 32, 64, 256):
         plan = replace(plan, tma=plan.tma and not chosen)
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
         split = plan.splits > 1
-        given = dict(squares=not add, rows=chosen, into=False, bias=name == "qkv", part=split, arrived=split)
-        given |= dict.fromkeys(("norm", "scaled", "squared"), add)
+        into = name == "down"
+        given = dict(squares=not add, rows=chosen, into=into, bias=name == "qkv", part=split, arrived=split)
+        given |= dict.fromkeys(("norm", "scaled", "squared"), add and not into)
         fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(scale=None)
         fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
         names = product.arg_names
-        types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16") | dict(rows="*i64", eps="fp32")
+        types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16")
+        types |= dict(rows="*i64", into="*i32", eps="fp32")
         types |= dict.fromkeys(("squares", "squared", "part"), "*fp32") | dict(arrived="*i32")
         types |= dict(out="*fp32" if name == "head" else "*bf16")
         types |= dict.fromkeys(fixed, "constexpr")

@@ -36,7 +36,7 @@ def test_the_control_sees_what_tidar_sees() -> None:
     first, then, control = (load_recipe(f"python-17m{name}") for name in ("", "-rollout", "-control"))
     assert control.tokens == first.tokens + then.tokens
     assert then.model == f"{first.out}/model"
-    drafting = {"block_sizes", "kl_weight", "transition", "offset_decay"}
+    drafting = {"block_sizes", "kl_weight"}
     named, plain = RECIPES["python-17m"], RECIPES["python-17m-control"]
     differing = {k for k in {*named, *plain} if named.get(k) != plain.get(k)}
     assert differing == {"out", "objective", "tokens", *drafting}

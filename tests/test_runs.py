@@ -322,7 +322,7 @@ def stepped(model: str, step: str, queries: int, milliseconds: float, *, day: in
         **{"sampled": False, "milliseconds": milliseconds, "floor_milliseconds": 0.5, "floor": {"bound": "memory"}},
         **{"share": 0.5 / milliseconds, "over_ar": milliseconds},
     }
-    return {**line, **more, "provenance": {"date": f"2026-01-0{day}T00:00:00+00:00"}}
+    return {**line, **more, "provenance": {"command": "bench", "date": f"2026-01-0{day}T00:00:00+00:00"}}
 
 
 def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,7 +283,8 @@ def test_a_lack_is_heard_of_in_its_turn_and_a_wait_can_be_ended(plan: DataConfig
 
 
 ORPHANS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it, and it would be inherited
 from stream_data import config, opened, steps
 from pathlib import Path
 from tidar.data.config import Stream

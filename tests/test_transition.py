@@ -199,6 +199,18 @@ def test_a_run_makes_and_keeps_it(converted: Callable[[str], Path], tmp_path: Pa
     assert kept is not None and kept.transition == 8, "only a model without one is given one"
 
 
+def test_an_optimizer_without_it_is_not_gone_on_with(converted: Callable[[str], Path], tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    plain = config(tmp_path, converted("llama"), transition=0, tokens=96)
+    train(plain)
+    (place,) = (Path(plain.out) / "checkpoints").iterdir()
+    bent = replace(plain, out=str(tmp_path / "bent"), transition=8)
+    with pytest.raises(TidarError, match="has no transition, and its optimizer would not fit one: go on with --trans"):
+        train(bent, continue_from=str(place))
+    assert train(replace(bent, model=str(place / "model"))).model is not None
+    assert train(replace(plain, out=str(tmp_path / "plain")), continue_from=str(place)).model is not None
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_it_lies_beside_a_plain_checkpoint(model: CausalLM, tmp_path: Path, dtype: str | None) -> None:
     save_model(model, tmp_path / "saved", dtype=dtype)

@@ -34,7 +34,7 @@ class AdapterSpec:
     rank: int
     """r of every pair."""
     alpha: float
-    """The scale is alpha / r: another rank wants no other alpha and learning rate (Hu et al. 2021, section 4.1)."""
+    """The scale is alpha / r (Hu et al. 2021, section 4.1)."""
     modules: tuple[str, ...] = ()
     """Last names of the linear layers that have a pair; none: all within the decoder's layers."""
     base: str = ""

@@ -18,7 +18,10 @@ _SMOKE_SOURCES = tuple(
     str(Path(sysconfig.get_path("stdlib")) / name)
     for name in ("asyncio", "concurrent", "email", "http", "importlib", "json", "logging", "unittest", "urllib", "xml")
 )
+# Of the paper, and of the runs that made the first half of the reference checkpoint; the default is what drafts better.
+_PLAIN_DRAFTS: dict[str, Any] = {"kl_weight": 0.0, "transition": 0, "offset_decay": 1.0}
 _PYTHON: dict[str, Any] = {
+    **_PLAIN_DRAFTS,
     "data": {"sources": ("corpus",)},  # the folder that runs/corpus.py writes
     "device": "cuda",
     "dtype": "bf16",
@@ -48,8 +51,6 @@ _WEB: dict[str, Any] = {
     "lanes": 256,
     "holdout": 0.002,
 }
-# Of the paper, and of the runs that made the first half of the reference checkpoint.
-_PLAIN_DRAFTS: dict[str, Any] = {"kl_weight": 0.0, "transition": 0, "offset_decay": 1.0}
 # The paper's recipe (section 4.1), for 8 GPUs of 80 GiB or any more; AdamW's settings are ours where it gives none.
 _PAPER: dict[str, Any] = {
     **_PLAIN_DRAFTS,
@@ -110,7 +111,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "python-17m": {
             **_FROM_BASE,
-            **_PLAIN_DRAFTS,
             "out": "run/python-17m",
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
@@ -118,7 +118,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # The same, but the base is frozen, and masks alone have adapters.
         "python-17m-adapters": {
             **_FROM_BASE,
-            **_PLAIN_DRAFTS,
             "out": "run/python-17m-adapters",
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
@@ -215,6 +214,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "tokens": 6_000_000,
             "block_sizes": (4, 8, 16, 16, 16),
             "kl_weight": 0.75,
+            "transition": 0,  # the reference checkpoint has one
             "offset_decay": 0.87,
             "lr": 1e-3,
             "min_lr": 1e-5,

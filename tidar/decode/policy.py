@@ -164,7 +164,7 @@ class Planning:
     def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
         if seconds is not None:
             self.times.update(shape, seconds)
-        n = np.asarray(accepted)
+        n = np.asarray(accepted, dtype=np.int64)
         count = np.minimum(shape.drafts, self._block - self._behind) - 1
         tested = count > 0
         if tested.any():

@@ -68,7 +68,7 @@ class FastDecoder:
         self._launched = 0
         longest = engine.core.max_positions
         ends = [min(len(p) + each.max_new_tokens, longest) for p, each in zip(prompts, params, strict=True)]
-        self._halfway = max((len(p) + end) // 2 for p, end in zip(prompts, ends, strict=True))
+        self._halfways = [(len(p) + end) // 2 for p, end in zip(prompts, ends, strict=True)]
         masks = self._policy.open(len(prompts))
         self._held = max(1, masks)
         certain, self.forwards = engine.prefill(self._slots, prompts, masks, self._flags)
@@ -88,7 +88,7 @@ class FastDecoder:
         return certain
 
     def select(self, rows: list[int]) -> None:
-        self._rows = [self._rows[r] for r in rows]
+        self._rows, self._halfways = [self._rows[r] for r in rows], [self._halfways[r] for r in rows]
         for flight in self._flying:
             flight.rows = [flight.rows[r] for r in rows]
         self._read = deque((shape, [certain[r] for r in rows]) for shape, certain in self._read)
@@ -124,7 +124,7 @@ class FastDecoder:
         self._read.append((flight.shape, [entry[r][1 : 1 + entry[r][0]] for r in flight.rows]))
 
     def _plan(self) -> None:
-        self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags, self._halfway))
+        self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags, max(self._halfways)))
 
     def _check(self, bad: bool) -> None:
         if bad:

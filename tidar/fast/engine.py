@@ -179,11 +179,11 @@ class Engine:
         prefix = max(LEAST_PREFIX, 1 << halfway.bit_length())
         key = slots.rows, prefix, flags, tuple(plans)
         if key not in self._clocks:
-            self._clocks[key] = self._measured(slots, plans, flags, prefix)
+            self._clocks[key] = self._measured(slots, plans, flags, prefix, halfway)
         return self._clocks[key]
 
     @torch.inference_mode()
-    def _measured(self, slots: Slots, plans: Sequence[Plan], flags: Flags, prefix: int) -> Measured:
+    def _measured(self, slots: Slots, plans: Sequence[Plan], flags: Flags, prefix: int, halfway: int) -> Measured:
         # And the steps by which a plan begins without drafts.
         first = [Shape(1, (1,), plan.draft_len) for plan in plans if plan.draft_len > 1]
         every = list(dict.fromkeys([*first, *(shape for plan in plans for shape in shapes(plan))]))
@@ -195,9 +195,8 @@ class Engine:
             if sys.stderr.isatty():
                 print("tidar: measuring what steps take here; once, up to a minute", file=sys.stderr)
             with slots.untouched():
-                rest = (slots.lengths + slots.limits) // 2
-                slots.lengths.copy_(rest)
-                slots.limits.copy_(rest)  # rows at rest: a step moves nothing
+                slots.limits.clamp_(max=halfway)
+                slots.lengths.copy_(slots.limits)  # rows at rest: a step moves nothing
                 times = self.latency.measure([self.step(slots, shape, flags) for shape in every])
             known = dict(zip(every, times, strict=True))
             self.latency.keep(key, known)

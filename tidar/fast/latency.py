@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -15,11 +16,14 @@ from statistics import median
 import torch
 
 from tidar.decode.plan import Shape
+from tidar.kernels import product_tiles, workspace
 from tidar.model import CausalLM
 from tidar.provenance import versions
 
 __all__ = ["Latency", "folder"]
 
+RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace))).encode()).hexdigest()[:16]
+"""Of what chooses the kernels' tiles."""
 ROUNDS, REPEAT = 5, 4
 """Times that each step is measured, all of them in turn, and steps between two looks at the clock."""
 
@@ -33,14 +37,17 @@ def folder() -> Path:
 class Latency:
     """Seconds of steps by shape, for each kind of batch; a file for each GPU, model size, dtype and set of versions.
 
-    A file that cannot be read or written is done without: then steps are measured once in each process.
+    A file that cannot be read or written is done without: then steps are measured once in each process. Other rules for
+    the kernels' tiles are another version.
     """
 
     def __init__(self, core: CausalLM) -> None:
         config = core.hf.config.to_dict()
         sizes = {k: v for k, v in sorted(config.items()) if isinstance(v, int | bool)}
         gpu = torch.cuda.get_device_name(core.device) if core.device.type == "cuda" else platform.processor()
-        identity = [gpu, config["model_type"], sizes, str(core.dtype), core.weights, versions()]
+        identity = [gpu, config["model_type"], sizes, str(core.dtype), core.weights, versions(), RULES]
+        if core.transition is not None:
+            identity.append(core.transition.state.out_features)
         if core.adapters is not None:
             spec = core.adapters.spec
             identity.append([spec.rank, *spec.modules])

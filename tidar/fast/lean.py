@@ -12,7 +12,6 @@ vocabulary, W width of the transition.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,35 +20,16 @@ from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
 from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks, Pair
+from tidar.fast.layers import Layer, layer_of, weight_of
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
-from tidar.kernels.quantised import Quantised, Weight, joined
+from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready
 from tidar.model import CausalLM
-from tidar.quantised import QuantisedLinear
 
 __all__ = ["FAMILIES", "Attend", "Hidden", "Layer", "LeanModel", "refusal"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Pre-norm, RMS norms, rotary positions, gated SiLU, no other scaling."""
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """Weights of one layer; None for what a family does not have."""
-
-    norm: Tensor
-    qkv: Weight  # (A·H, D)
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Weight  # (D, Hq·H)
-    out_bias: Tensor | None
-    mlp_norm: Tensor
-    gate_up: Weight  # (2·F, D)
-    gate_up_bias: Tensor | None
-    down: Weight  # (D, F)
-    down_bias: Tensor | None
-    window: int | None
 
 
 class Hidden(NamedTuple):
@@ -64,7 +44,6 @@ class Hidden(NamedTuple):
     ready: Ready | None = None
 
 
-Linear = Any  # nn.Linear or QuantisedLinear
 Attend = Callable[[int, Layer, Tensor], Tensor]
 """Number of a layer, the layer, and its heads as projected (N, A, H), to what they attend to (N, Hq·H)."""
 
@@ -121,11 +100,11 @@ class LeanModel:
         # Mistral's layers ask their config, the others know their own.
         common = config.sliding_window if config.model_type == "mistral" else None
         windows = [getattr(a, "sliding_window", common) for a in attentions]
-        self.layers = [_layer(layer, window) for layer, window in zip(body.layers, windows, strict=True)]
+        self.layers = [layer_of(layer, window) for layer, window in zip(body.layers, windows, strict=True)]
         self.adapted = [Adapted.of(core.adapters, layer) for layer in body.layers]
         self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.norm: Tensor = body.norm.weight.detach()
-        self.head = _weight(hf.get_output_embeddings())
+        self.head = weight_of(hf.get_output_embeddings())
         self._ones = torch.ones_like(self.norm)
 
     @torch.no_grad()
@@ -258,57 +237,3 @@ class LeanModel:
         if self.deterministic:
             return fixed_tiles(features, depth, size, narrow=narrow)
         return default_tiles(count, features, depth, size, narrow=narrow)
-
-
-def _layer(layer: Any, window: int | None) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _fused([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up, gate_up_bias = _fused([mlp.gate_proj, mlp.up_proj])
-    return Layer(
-        norm=layer.input_layernorm.weight.detach(),
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        q_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
-        k_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-        out=_weight(attention.o_proj),
-        out_bias=_bias(attention.o_proj),
-        mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=_weight(mlp.down_proj),
-        down_bias=_bias(mlp.down_proj),
-        window=window,
-    )
-
-
-def _weight(part: Linear) -> Weight:
-    return part.weight if isinstance(part, QuantisedLinear) else part.weight.detach()
-
-
-def _replace(part: Linear, weight: Weight) -> None:
-    if isinstance(weight, Quantised):
-        part.weight = weight
-    else:
-        part.weight.data = weight
-
-
-def _bias(part: Linear) -> Tensor | None:
-    return None if part.bias is None else part.bias.detach()
-
-
-@torch.no_grad()
-def _fused(parts: list[Linear]) -> tuple[Weight, Tensor | None]:
-    """Weight and bias of several projections of the same input as one; the parts become views of it."""
-    weight = joined([_weight(part) for part in parts])
-    biases = [part.bias.detach() for part in parts if part.bias is not None]
-    bias = torch.cat(biases) if len(biases) == len(parts) else None
-    if bias is None and biases:
-        raise TidarError("some projections have a bias and some have none: no fast path, use the general one")
-    first = 0
-    for part in parts:
-        end = first + part.out_features
-        _replace(part, weight[first:end])
-        if bias is not None:
-            part.bias.data = bias[first:end]
-        first = end
-    return weight, bias

@@ -132,6 +132,11 @@ def model(config: TrainConfig, source: Path | None, world: World = ALONE) -> Cau
         assert found.spec is not None
         found.spec = replace(found.spec, block_sizes=tuple(sorted(set(config.block_sizes))))
         if config.transition and found.transition is None:
+            if source is not None and source != folder:
+                raise TidarError(
+                    f"{source} has no transition, and its optimizer would not fit one: go on with --transition 0, or "
+                    f"name {folder} by --model"
+                )
             found.add_transition(config.transition).initialise(config.seed)
     return found
 
