@@ -313,7 +313,7 @@ def timed(method: str, speedup: float, *, day: int = 1, **more: Any) -> dict[str
         **{"tokens_per_second": 5000 * speedup, "speedup": speedup, "speedup_95": [0.9 * speedup, 1.1 * speedup]},
         **{"tokens_per_step": 2.0, "milliseconds_per_step": 0.25, "identical_to_ar": "7/8"},
     }
-    return {**line, **more, "provenance": {"date": f"2026-01-0{day}T00:00:00+00:00"}}
+    return {**line, **more, "provenance": {"command": "bench", "date": f"2026-01-0{day}T00:00:00+00:00"}}
 
 
 def stepped(model: str, step: str, queries: int, milliseconds: float, *, day: int = 1, **more: Any) -> dict[str, Any]:
