@@ -35,8 +35,8 @@ def column(name: str, prefix: int, longest: int, bandwidth: float, matmul: float
     kept = 2 * prefix * kv * width * 2  # bytes of the prefix's keys and values
     own = 2 * queries * kv * width * 2 + 2 * queries * heads * width * 2  # and queries and the output
     parts = 2 * 4 * lines * kv * cut.splits * width if cut.splits > 1 else 0
-    seen = DRAFTS * (DRAFTS + 1) // 2 + sum(DRAFTS * (level + DRAFTS) for level in range(1, PROPOSALS + 1))
-    needed = 4 * heads * width * (queries * prefix + seen)
+    own_keys = DRAFTS * (DRAFTS + 1) / 2 + PROPOSALS * DRAFTS * ((DRAFTS + 1) / 2 + DRAFTS)  # the mean level
+    needed = 4 * heads * width * (queries * prefix + own_keys)
     blocks = -(-cut.rows // (heads // kv) // DRAFTS) + 1  # that a tile of queries can touch
     done = 4 * kv * width * cuts * cut.rows * (prefix + DRAFTS * (1 + blocks))
     whole, step = layers * needed, layers * (kept + own)

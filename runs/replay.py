@@ -7,7 +7,8 @@ A model of random weights accepts nothing, but its steps take the time that trai
 reference checkpoint decoded held-out files with all proposals (``accepted`` in `tidar bench decode`'s lines), or one
 constant rate that gives the tokens per forward that the paper reports for its own model of that size. The tokens a step
 then commits follow by the planner's arithmetic (`tidar.decode.planner.tokens_per_step`), which decoding itself is
-checked against here: both stand side by side for the reference checkpoint. One row; the newest lines count.
+checked against here: both stand side by side for the reference checkpoint. How often fewer proposals cover what comes
+is not recorded: what the planner supposes stands for it. One row; the newest lines count.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runs.plot_bench import DECODE, FORMER, REFERENCE, ROOT, STEP, held_in, newest, table
 from runs.script import run
 from tidar.decode.plan import AR, Plan
-from tidar.decode.planner import TAIL, Rates, tokens_per_step
+from tidar.decode.planner import TAIL, Acceptance, Rates, tokens_per_step
 from tidar.errors import TidarError
-from tidar.layout import all_proposals
 
 PAPER = {"qwen2.5-1.5b": 7.45, "qwen3-8b": 8.25}
 """Tokens per forward that the paper reports for its models of these sizes (arXiv 2511.08923, table 2), drafts of 16."""
 
 Line = dict[str, Any]
+
+
+def computed(plan: Plan, rates: Rates) -> float:
+    """Tokens a step."""
+    return tokens_per_step(plan, rates, Acceptance().covered(plan))
 
 
 def recorded(line: Line) -> Rates:
@@ -49,7 +54,7 @@ def constant(tokens: float, draft_len: int) -> Rates:
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        made = tokens_per_step(Plan("tidar", draft_len, all_proposals(draft_len)), _flat(middle, draft_len))
+        made = computed(Plan("tidar", draft_len, draft_len), _flat(middle, draft_len))
         low, high = (middle, high) if made < tokens else (low, middle)
     return _flat(low, draft_len)
 
@@ -72,13 +77,13 @@ def plans(lines: Sequence[Line]) -> Iterator[tuple[Plan, float]]:
             yield Plan("linear", k), (milliseconds + times[k, "draft"]) / 2
         elif step.startswith("tidar"):
             count = int(step.split()[1]) if "," in step else k
-            yield Plan("tidar", k, all_proposals(count)), milliseconds
+            yield Plan("tidar", k, count), milliseconds
 
 
 def best(lines: Sequence[Line], rates: Rates) -> tuple[Plan, float, float, float]:
     """The plan with the most tokens a second: it, tokens a step, its step over AR's, and its speed-up over AR."""
     ar = min(line["milliseconds"] for line in lines if line["step"] == "ar")
-    found = ((plan, tokens_per_step(plan, rates), time / ar) for plan, time in plans(lines))
+    found = ((plan, computed(plan, rates), time / ar) for plan, time in plans(lines))
     plan, tokens, cost = max(found, key=lambda each: each[1] / each[2])
     return plan, tokens, cost, tokens / cost
 
@@ -107,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             method = other["method"].replace(",", "").split()
             if other["sampling"] == line["sampling"] and method[0] in ("tidar", "linear"):
                 k = int(method[1].removeprefix("k="))
-                plan = Plan(method[0], k, all_proposals(int(method[2])) if method[0] == "tidar" else ())
-                made = f"{tokens_per_step(plan, rates):.2f}"
+                plan = Plan(method[0], k, int(method[2]) if method[0] == "tidar" else 0)
+                made = f"{computed(plan, rates):.2f}"
                 rows.append((name, other["method"], f"{other['tokens_per_step']:.2f}", made))
     print("the arithmetic against decoding\n\n" + table(("sampling", "method", "decoded", "computed"), rows))
 
@@ -124,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources.append((f"{PAPER[model]} tokens per forward, as the paper's", constant(PAPER[model], 16)))
         for source, rates in sources:
             plan, tokens, cost, gain = best(lines, rates)
-            what = f"{plan.method}, k = {plan.draft_len}" + (
-                f", {len(plan.proposals)} proposals" * bool(plan.proposals)
-            )
+            what = f"{plan.method}, k = {plan.draft_len}" + f", {plan.proposals} proposals" * bool(plan.proposals)
             found.append((model, source, what, f"{tokens:.2f}", f"{cost:.2f}", f"{gain:.2f}x"))
     print(
         "\nthe best of each\n\n"

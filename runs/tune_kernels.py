@@ -143,7 +143,7 @@ def _attention(case: Case, copies: int) -> Callable[[Any], list[Callable[[], obj
     stores = [[_random(pages, 64, size.kv_heads, size.head_dim) for _ in range(2)] for _ in range(copies)]
     table = torch.randperm(pages, device="cuda").int()[None]
     lengths = torch.tensor([size.prefix], dtype=torch.int32, device="cuda")
-    levels = torch.arange(1, blocks + 1, device="cuda")
+    levels = torch.arange(1, blocks + 1, device="cuda")[None]
     shape = 1, queries, size.heads, size.kv_heads, size.head_dim, LONGEST[case.size]
 
     def for_cut(cut: Any) -> list[Callable[[], object]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from picking import steered, subset
 from test_exactness import run_injected
 from torch import Tensor, nn
 from train_data import pack
@@ -146,9 +147,10 @@ def test_the_text_is_that_of_the_base(params: SamplingParams, plain: Callable[[s
         for k, batch in ((1, 3), (3, 1), (8, 3)):
             found = model.generate(PROMPTS, params, method=method, draft_len=k, batch_size=batch)
             assert [c.token_ids for c in found] == alone, f"{method}, k = {k}, batch of {batch}"
-    for proposals in ((), (2, 4)):
-        found = model.generate(PROMPTS, params, draft_len=4, proposals=proposals)
-        assert [c.token_ids for c in found] == alone, f"proposals {proposals}"
+    for levels in ((3,), (2, 4)):
+        with steered(subset(*levels)):
+            found = model.generate(PROMPTS, params, draft_len=4, proposals=len(levels))
+        assert [c.token_ids for c in found] == alone, f"proposals {levels}"
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_neox"])

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from picking import chances_for
 from test_adapters import PROMPTS, adapted, plain  # noqa: F401
-from test_lean import KERNELS, general
+from test_lean import KERNELS, STEPS, general
 from torch import Tensor
 
 from tidar.api import Model
@@ -45,13 +46,14 @@ def test_steps_equal_the_general_path(family: str, modules: tuple[str, ...], pla
     with torch.inference_mode():
         slots, _ = engine.open(engine, texts, [SamplingParams(max_new_tokens=50)] * 2)
         engine.prefill(slots, texts, 3, GREEDY)
-        for k, proposals, accepted in ((3, (1, 2, 3), (2, 3)), (1, (), (1, 1)), (4, (2,), (4, 1))):
+        for k, levels, accepted in STEPS:
             drafts = torch.randint(200, (2, k), generator=torch.Generator().manual_seed(k))
-            step = Step(network, slots, Shape(k, proposals, k), GREEDY)
+            step = Step(network, slots, Shape(k, len(levels[0]), k), GREEDY)
+            slots.chances[:, 1:k] = chances_for(levels, k)
             x = network.hidden(drafts, step._layout, slots).x
             found = KERNELS.norm(x, lean.norm, eps=lean.eps).view(2, -1, x.shape[1])
             for row in range(2):
-                expected = general(model, texts[row], k, proposals, drafts[row])
+                expected = general(model, texts[row], k, levels[row], drafts[row])
                 torch.testing.assert_close(found[row], expected, rtol=0, atol=2e-5)
                 texts[row] += drafts[row, : accepted[row]].tolist()
             slots.lengths.copy_(torch.tensor([len(t) for t in texts]))
@@ -59,8 +61,8 @@ def test_steps_equal_the_general_path(family: str, modules: tuple[str, ...], pla
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "ar": Autoregressive,
-    "k4": lambda: Fixed(4, (1, 2, 3, 4)),
-    "pruned": lambda: Fixed(6, (2, 5)),
+    "k4": lambda: Fixed(4, 4),
+    "pruned": lambda: Fixed(6, 2),
     "linear": lambda: Alternating(5),
 }
 
@@ -143,7 +145,7 @@ def test_bench_counts_them(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> Non
     assert core.adapters is not None and all(bool(w.any()) for w in core.adapters.parameters())
     count = sum(w.numel() for w in core.adapters.parameters())
     rate = Rates(bandwidth=4e12, matmul=8e14)
-    for shape, masks in ((Shape(4, (1, 2, 3), 4), 12), (Shape(4, (), 4), 0)):
+    for shape, masks in ((Shape(4, 3, 4), 12), (Shape(4, 0, 4), 0)):
         one, other = (floor(Engine(each, plain=True).network.lean, shape, 2, 10, rate) for each in (core, base))
         assert one.bytes - other.bytes == 4 * count * (masks > 0) and one.flops - other.flops == 2 * count * 2 * masks
     with pytest.raises(TidarError, match="has adapters of its own: leave out --adapter-rank"):

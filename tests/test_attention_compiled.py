@@ -30,14 +30,14 @@ if {turn}:
 else:
     strides = [(L * q, q, D, 1), (L * k, k, D, 1), (L * every, every, D, 1)]
     absent += ["q_norm", "k_norm", "cos", "sin"] + ["counts"] * (not {cached})
-fixed = dict(HEADS=Hk, GROUP=Hq // Hk, QUERIES=L, CAUSAL=C, BLOCK=M, D=D, WIDTH=D, PAGE=64, WINDOW=0, SOFTCAP=False,
-    ROWS=plan.rows, KEYS=plan.keys, SPLITS=plan.splits, OWN=own, PDL=1 + (plan.rows < 64), Q_STEPS=strides[0],
-    K_STEPS=strides[1], V_STEPS=strides[2], PAGE_STEPS=(64 * k, k, D, 1), **dict.fromkeys(absent),
+fixed = dict(HEADS=Hk, GROUP=Hq // Hk, QUERIES=L, CAUSAL=C, BLOCK=M, LEVEL_STEP=P, D=D, WIDTH=D, PAGE=64,
+    WINDOW=0, SOFTCAP=False, ROWS=plan.rows, KEYS=plan.keys, SPLITS=plan.splits, OWN=own, PDL=1 + (plan.rows < 64),
+    Q_STEPS=strides[0], K_STEPS=strides[1], V_STEPS=strides[2], PAGE_STEPS=(64 * k, k, D, 1), **dict.fromkeys(absent),
     **workspace.joining(plan, L * Hq // Hk, D))
 fixed["APART"] = plan.splits > 1 and fixed["HELD"] >= step_attention.MANY and D <= 128
 types = dict.fromkeys("q k v q_norm k_norm cos sin k_pages v_pages out".split(), "*{dtype}")
 types |= dict.fromkeys(("part", "peaks", "totals"), "*fp32")
-types |= dict.fromkeys(("counts", "table", "lengths", "levels", "arrived"), "*i32")
+types |= dict.fromkeys(("counts", "table", "lengths", "arrived"), "*i32") | dict(levels="*i64")
 types |= dict.fromkeys(("inner", "factor", "eps"), "fp32") | dict.fromkeys(fixed, "constexpr")
 types = {{n: types.get(n, "i32") for n in names}}
 even = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith(("*", "i32"))}}

@@ -79,14 +79,21 @@ class Case:
 
 def computed(case: Case, given: dict[str, Any], shortlists: Shortlists | None = None) -> Tensor:
     """Written where the decoder wants it, beside the certain tokens; every element, and nothing else."""
+    return judged(case, given, shortlists)[0]
+
+
+def judged(case: Case, given: dict[str, Any], shortlists: Shortlists | None = None) -> tuple[Tensor, Tensor]:
+    """And the drafts' chances."""
     lists = shortlists or case.shortlists()
     drafts = torch.full((case.rows, case.places + 2), -7, device=DEVICE)
     drafts[:, 0] = given["first"]
-    out = drafts[:, 1:-1]
-    done = chain.chain(**{**given, "first": drafts[:, 0]}, out=out, shortlists=lists)
+    out, beside = drafts[:, 1:-1], torch.full((case.places + 2, case.rows), -7.0, device=DEVICE)
+    chances = beside[1:-1].T
+    done = chain.chain(**{**given, "first": drafts[:, 0]}, out=out, chances=chances, shortlists=lists)
     assert done is out and not lists.arrived.any()
     assert torch.equal(drafts[:, 0], given["first"]) and (drafts[:, -1] == -7).all()
-    return out
+    assert (beside[[0, -1]] == -7).all() and not (chances == -7).any()
+    return out, chances
 
 
 def listed_by_hand(base: Tensor, suppressed: Tensor) -> list[int]:
@@ -127,6 +134,27 @@ def follows(given: dict[str, Any], drafts: Tensor, *, everywhere: bool = False) 
             if not score[before] > score.max() - (1e-2 if given["mix"].itemsize == 2 else 1e-4):
                 return False
     return True
+
+
+def chances_by_hand(given: dict[str, Any], drafts: Tensor) -> Tensor:
+    """How clearly each draft leads its list, as a softmax of what it was chosen by says."""
+    table, mix, suppressed = (given[name].double() for name in ("token_table", "mix", "suppressed"))
+    found = torch.zeros(drafts.shape, dtype=torch.float64)
+    for row in range(len(drafts)):
+        before = given["first"][row]
+        for place in range(drafts.shape[1]):
+            if not given["made"][row, place]:
+                break  # what stands here was not drawn, and chances behind it are not asked for
+            base = given["base"][row, place].double()
+            score = base + mix @ silu(given["state"][row, place].double() + table[before])
+            position = given["lengths"][row].long() + given["offset"] + place
+            noise = gumbel(given["seed"][row : row + 1], position.view(1, 1), len(base))[0, 0]
+            score = score + given["temperature"][row] * noise
+            score.masked_fill_(suppressed.bool(), -torch.inf)
+            before = drafts[row, place]
+            listed = sorted(set(listed_by_hand(base, suppressed.bool())))
+            found[row, place] = (score[before] - score[listed].logsumexp(0)).exp()
+    return found
 
 
 # --- the twin ---
@@ -191,6 +219,20 @@ def test_the_walk_is_the_chain_where_its_tokens_are_listed() -> None:
     assert 5 < same < 20
 
 
+@pytest.mark.parametrize("temperature", [(0.0,), (0.9, 0.0)])
+def test_chances_of_the_twin(temperature: tuple[float, ...]) -> None:
+    """By hand; of every draft that was made, and 0 of others."""
+    for seed in range(3):
+        case = Case(vocab=700, places=4, temperature=temperature)
+        given, chances = case.tensors(seed), torch.full((2, 4), -7.0, device=DEVICE)
+        given["made"][1, 2:] = False
+        drafts = twin.chain(**given, chances=chances)
+        assert torch.equal(drafts, twin.chain(**given))
+        expected = chances_by_hand(given, drafts)
+        assert (expected > 0.01).any() and not expected[1, 2:].any()
+        torch.testing.assert_close(chances.cpu().double(), expected, rtol=1e-4, atol=1e-6)
+
+
 # --- the kernels against the twin ---
 
 
@@ -218,11 +260,34 @@ def test_kernel_is_the_twin(case: Case) -> None:
     lists = case.shortlists()
     for seed in range(2):
         given = case.tensors(seed)
-        drafts = computed(case, given, lists)
+        drafts, chances = judged(case, given, lists)
         assert follows(given, drafts)
+        bound = 2e-2 if case.dtype.itemsize == 2 else 1e-4
+        torch.testing.assert_close(chances.cpu().double(), chances_by_hand(given, drafts), rtol=bound, atol=1e-6)
         if DEVICE == "cpu":  # where no other order of sums, nor another exponential, decides near ties
-            assert torch.equal(drafts, twin.chain(**given))
+            wanted = torch.full_like(chances, -7)
+            assert torch.equal(drafts, twin.chain(**given, chances=wanted))
+            torch.testing.assert_close(chances, wanted, rtol=1e-5, atol=1e-7)
+            assert torch.equal(chain.chain(**given, shortlists=lists), drafts), "nobody asks for chances"
             assert torch.equal(lists.tokens.long(), twin.shortlist(given["base"], given["suppressed"]))
+
+
+@pytest.mark.parametrize("case", [Case(rows=2, places=3), Case(rows=3, places=2, temperature=(0.9, 0.0))])
+def test_rows_of_a_larger_batch(case: Case) -> None:
+    """Logits and states as the head leaves them, of which some rows are meant."""
+    given = case.tensors(1)
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))[: case.rows * case.places]
+    chosen = {"rows": rows.view(case.rows, case.places).int().to(DEVICE)}
+    for name in ("base", "state"):
+        flat = torch.full((20, given[name].shape[2]), torch.nan, device=DEVICE)
+        flat[rows] = given[name].flatten(0, 1)
+        chosen[name] = flat
+    for module in (twin, chain):
+        results = []
+        for now in (given, given | chosen):
+            chances = torch.empty(case.rows, case.places, device=DEVICE)
+            results.append((module.chain(**now, chances=chances), chances))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.slow

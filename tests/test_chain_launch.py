@@ -16,7 +16,7 @@ from tidar.errors import TidarError
 from tidar.kernels import reference_chain as twin
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
-from test_chain import DEVICE, Case, computed, follows  # noqa: E402
+from test_chain import DEVICE, Case, chances_by_hand, computed, follows, judged  # noqa: E402
 
 from tidar.kernels import chain  # noqa: E402
 from tidar.kernels.chain import Shortlists  # noqa: E402
@@ -55,8 +55,9 @@ def test_nan_neither_hangs_nor_stays() -> None:
     given, lists = case.tensors(), case.shortlists()
     wanted = twin.chain(**given)
     for name in ("base", "state"):
-        drafts = computed(case, given | {name: torch.full_like(given[name], torch.nan)}, lists)
+        drafts, chances = judged(case, given | {name: torch.full_like(given[name], torch.nan)}, lists)
         assert ((drafts >= 0) & (drafts < case.vocab)).all()
+        assert not chances[~given["made"]].any()
     assert torch.equal(computed(case, given, lists), wanted)
 
 
@@ -66,7 +67,9 @@ def test_what_nobody_made_is_not_read() -> None:
     wanted = twin.chain(**given)
     for name in ("base", "state"):
         given[name][~given["made"]] = torch.nan
-    assert not given["made"].all() and torch.equal(computed(case, given), wanted)
+    drafts, chances = judged(case, given)
+    assert not given["made"].all() and torch.equal(drafts, wanted)
+    assert ((chances > 0) == given["made"]).all()
 
 
 def test_memory_made_anew() -> None:
@@ -98,8 +101,10 @@ def test_whoever_comes_last() -> None:
     case = Case(temperature=(0.9,))
     lists = case.shortlists()
     for seed in range(2):
-        given = case.tensors(seed)
-        assert torch.equal(computed(case, given, lists), twin.chain(**given)), f"launch {seed}"
+        given, wanted = case.tensors(seed), torch.empty(case.rows, case.places)
+        drafts, chances = judged(case, given, lists)
+        assert torch.equal(drafts, twin.chain(**given, chances=wanted)), f"launch {seed}"
+        torch.testing.assert_close(chances, wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="its programs may come in another order")
@@ -122,9 +127,10 @@ def test_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
     case = Case(rows=rows, places=15, temperature=(0.8, 0.0), dtype=dtype, **sizes)
     held, lists = case.tensors(), case.shortlists()
     out = torch.empty(rows, 15, dtype=torch.int64, device=DEVICE)
+    chances = torch.empty(rows, 16, device=DEVICE)[:, 1:]
 
     def run() -> None:
-        chain.chain(**held, out=out, shortlists=lists)
+        chain.chain(**held, out=out, chances=chances, shortlists=lists)
 
     run()  # compiles
     torch.cuda.synchronize()
@@ -136,14 +142,20 @@ def test_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
         for name, tensor in held.items():
             if isinstance(tensor, Tensor):
                 tensor.copy_(fresh[name])
-        kept: Tensor | None = None
+        kept: tuple[Tensor, Tensor] | None = None
         for call in (graph.replay, run, graph.replay):
             out.fill_(-7)
+            chances.fill_(-7)
             call()
-            kept = out.clone() if kept is None else kept
-            assert torch.equal(out, kept) and not lists.arrived.any(), f"launch {seed}"
+            kept = (out.clone(), chances.clone()) if kept is None else kept
+            assert torch.equal(out, kept[0]) and torch.equal(chances, kept[1]) and not lists.arrived.any(), (
+                f"launch {seed}"
+            )
         if seed < 4:  # by hand is slow
-            assert follows({n: t.cpu() if isinstance(t, Tensor) else t for n, t in held.items()}, out.cpu())
+            given = {n: t.cpu() if isinstance(t, Tensor) else t for n, t in held.items()}
+            assert follows(given, out.cpu())
+            expected = chances_by_hand(given, out.cpu())
+            torch.testing.assert_close(chances.cpu().double(), expected, rtol=2e-2, atol=1e-5)
 
 
 # --- mistakes, and the compiler ---
@@ -164,13 +176,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": torch.zeros(2, dtype=torch.int32)}, "seed"),
     "lengths": ({"lengths": torch.zeros(2, dtype=torch.int64)}, "int32"),
     "out": ({"out": torch.zeros(2, 5, dtype=torch.int32)}, "out must be"),
+    "chances": ({"chances": torch.zeros(2, 5, dtype=torch.float64)}, "chances must be"),
+    "chances of others": ({"chances": torch.zeros(2, 6)}, "chances must be"),
     "shortlists": ({"shortlists": Shortlists.for_step(2, 4, device=DEVICE)}, "shortlists were made for"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes(change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"out": None, "shortlists": None} | Case(places=5, vocab=77).tensors()
+    given: dict[str, Any] = {"out": None, "chances": None, "shortlists": None} | Case(places=5, vocab=77).tensors()
     changed = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in change.items()}
     with pytest.raises(TidarError, match=message):
         chain.chain(**(given | changed))
@@ -192,16 +206,17 @@ from tidar.kernels import chain
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, lanes
 dealt = dict(VOCAB={vocab}, GROUPS=GROUPS, LANES=lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
 dealt["num_warps"] = chain.TOGETHER
-follow = dict(made_place=1, out_place=1, **chain.sizes({places}, KEPT * GROUPS, 256, {size}))
+follow = dict(made_place=1, out_place=1, chance_place=1, **chain.sizes({places}, KEPT * GROUPS, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i1", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
-    noise="*fp32", following="*i32", arrived="*i32")
+    noise="*fp32", following="*i32", odds="*fp32", arrived="*i32", chances="*fp32",
+    chosen_rows="*i32")
 for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
     options = {{n: fixed.pop(n) for n in ("num_warps", "num_stages") if n in fixed}}
     fixed |= dict(SAMPLING={sampling}, PDL=1)
     names = kernel.arg_names
     kinds = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
-    aligned = [n for n in names if kinds[n].startswith("*") and n not in ("out", "made")]
+    aligned = [n for n in names if kinds[n].startswith("*") and n not in ("out", "made", "chances")]
     aligned += [n for n in ("base_row", "base_place", "state_row", "state_place") if n in names]
     even = {{(names.index(n),): [["tt.divisibility", 16]] for n in aligned}}
     source = ASTSource(kernel, kinds, {{(names.index(n),): v for n, v in fixed.items()}}, even)

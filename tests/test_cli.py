@@ -74,12 +74,12 @@ def test_json_is_the_library_s_answer(folder: str, capsys: pytest.CaptureFixture
     words = ["generate", "--model", folder, "--prompt", "def f(x):", "--json", "--max-new-tokens", "12"]
     sampling = ["--temperature", "0.8", "--top-p", "0.9", "--top-k", "40", "--seed", "5", "--repetition-penalty", "1.2"]
     [ar] = answers(capsys, *words, *sampling, "--method", "ar")
-    [fast] = answers(capsys, *words, *sampling, "--method", "tidar", "--draft-len", "4", "--proposals", "1", "3")
+    [fast] = answers(capsys, *words, *sampling, "--method", "tidar", "--draft-len", "4", "--proposals", "3")
     assert set(ar) == set(fast) == FIELDS
     assert ar["token_ids"] == fast["token_ids"]
     assert ar["forwards"] == len(ar["token_ids"])
     params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, top_k=40, seed=5, repetition_penalty=1.2)
-    [expected] = cli.Checkpoint(model=folder).load().generate("def f(x):", params, draft_len=4, proposals=(1, 3))
+    [expected] = cli.Checkpoint(model=folder).load().generate("def f(x):", params, draft_len=4, proposals=3)
     assert fast == {**vars(expected), "tokens_per_forward": expected.tokens_per_forward}
 
 
@@ -121,6 +121,7 @@ def test_prompt_file_keeps_its_order(
         (["generate", "--prompt", "x" * 600, "--model", "FOLDER"], "shorten it"),
         (["generate", "--prompt", "a", "--model", "FOLDER", "--draft-len", "0"], "draft length must be at least 1"),
         (["generate", "--prompt", "a", "--model", "FOLDER", "--draft-len", "2", "--proposals", "3"], "between 1 and"),
+        (["generate", "--prompt", "a", "--model", "FOLDER", "--draft-len", "2", "--proposals", "0"], "between 1 and"),
         (["generate", "--prompt", "a", "--model", "FOLDER", "--beta", "1.5"], "beta must lie in [0, 1]"),
         (["generate", "--prompt", "a", "--temperature", "-1"], "temperature must be"),
         (["generate", "--prompt", "a", "--top-p", "0"], "top_p must lie in (0, 1]"),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picking import anything, steered, subset
 
 from tidar.api import Method, Model
 from tidar.config import SamplingParams
@@ -39,9 +40,25 @@ def test_same_tokens(qwen3: Model, name: str) -> None:
         assert [c.token_ids for c in got] == alone, f"k = {k}, batch of {batch}"
         got = qwen3.generate(PROMPTS, params, draft_len=k, batch_size=batch, method="linear")
         assert [c.token_ids for c in got] == alone, f"linear, k = {k}, batch of {batch}"
-    for proposals in ((), (1,), (4,), (2, 3), (1, 4)):
+    for proposals in (1, 2, 3, 4):
         got = qwen3.generate(PROMPTS, params, draft_len=4, proposals=proposals)
-        assert [c.token_ids for c in got] == alone, f"proposals {proposals}"
+        assert [c.token_ids for c in got] == alone, f"{proposals} proposals"
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_same_tokens_whatever_is_drafted_for(qwen3: Model, name: str) -> None:
+    params = with_length(PARAMS[name])
+    alone = [c.token_ids for c in qwen3.generate(PROMPTS, params, method="ar")]
+    for levels in ((1,), (4,), (2, 3), (1, 4)):
+        with steered(subset(*levels)) as picked:
+            got = qwen3.generate(PROMPTS, params, draft_len=4, proposals=len(levels))
+        assert [c.token_ids for c in got] == alone, f"proposals {levels}"
+        assert picked == {levels}
+    for count in (1, 2, 3):
+        with steered(anything()) as picked:
+            got = qwen3.generate(PROMPTS, params, draft_len=4, proposals=count)
+        assert [c.token_ids for c in got] == alone, f"any {count} proposals"
+        assert picked == set(itertools.combinations(range(1, 5), count))
 
 
 def test_rows_keep_their_own_parameters(qwen3: Model) -> None:
@@ -70,9 +87,11 @@ def test_any_parameters(
     params = SamplingParams(
         max_new_tokens=12, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=seed
     )
-    proposals = data.draw(st.sets(st.integers(1, k)).map(sorted))
+    levels = data.draw(st.none() | st.sets(st.integers(1, k), min_size=1).map(sorted))
+    proposals = data.draw(st.integers(1, k)) if levels is None else len(levels)
     ar = qwen3.generate(PROMPTS[:2], params, method="ar")
-    got = qwen3.generate(PROMPTS[:2], params, draft_len=k, proposals=proposals)
+    with steered(anything() if levels is None else subset(*levels)):
+        got = qwen3.generate(PROMPTS[:2], params, draft_len=k, proposals=proposals)
     assert [c.token_ids for c in got] == [c.token_ids for c in ar]
     assert [c.finish_reason for c in got] == [c.finish_reason for c in ar]
     assert [c.text for c in got] == [c.text for c in ar]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from picking import Wish, anything, steer, subset
 from tiny import FAMILIES, WINDOW
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -24,7 +25,8 @@ from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.plan import Shape
-from tidar.decode.tidar import TidarDecoder
+from tidar.decode.policy import Fixed
+from tidar.decode.tidar import TidarDecoder, _Picked
 
 PROMPTS = [b"def add(a, b):\n    return", b"x", b"import os\n"]
 NEW = 24
@@ -69,22 +71,30 @@ class Injected(TidarDecoder):
     the prefix, the accepted drafts and its own masks, nothing else.
     """
 
-    def __init__(self, *args: object, truth: Sequence[Sequence[int]], shift: int, **kwargs: object) -> None:
+    def __init__(
+        self, *args: object, truth: Sequence[Sequence[int]], shift: int, wish: Wish | None = None, **kwargs: object
+    ) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.truth = [list(t) for t in truth]
         self.clock = shift
+        self.wish = anything() if wish is None else wish
         self.accepted: list[tuple[int, int]] = []  # (drafts accepted, proposal used; 0 for none)
+        self.picked: set[tuple[int, ...]] = set()
 
     def select(self, rows: list[int]) -> None:
         super().select(rows)
         self.truth = [self.truth[r] for r in rows]
 
-    def _verify(self, hidden: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-        accepted, follow = super()._verify(hidden, shape)
-        for n in accepted.tolist():
-            used = max((j for j in self.proposals if j <= n), default=0)
-            self.accepted.append((n, used))
-        self._used = [used for _, used in self.accepted[-len(accepted) :]]
+    def _pick(self, shape: Shape) -> _Picked:
+        steer(self, self.wish, shape)
+        return super()._pick(shape)
+
+    def _verify(self, hidden: torch.Tensor, shape: Shape, picked: _Picked) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden, shape, picked)
+        for n, levels in zip(accepted.tolist(), picked.levels.tolist(), strict=True):
+            assert len(levels) == shape.proposals and levels == sorted(set(levels))
+            self.picked.add(tuple(levels))
+            self.accepted.append((n, max((j for j in levels if j <= n), default=0)))
         return accepted, follow
 
     def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
@@ -118,18 +128,30 @@ class Injected(TidarDecoder):
                 torch.testing.assert_close(hidden[row, place - 1], fresh[place + late], rtol=1e-5, atol=1e-5)
 
 
-def run_injected(model: Model, prompts: list[list[int]], new: int, k: int, proposals: Sequence[int] | None) -> None:
+def run_injected(
+    model: Model, prompts: list[list[int]], new: int, k: int, proposals: Sequence[int] | int | None
+) -> set[tuple[int, ...]]:
+    """With these proposals in every step, or with so many, in every step and row others; returns what they were."""
     # The last step looks past the end that is asked for.
     ahead = [SamplingParams(max_new_tokens=new + k, ignore_eos=True)] * len(prompts)
     params = [SamplingParams(max_new_tokens=new, ignore_eos=True)] * len(prompts)
     truth = [c.token_ids for c in model.generate(prompts, ahead, method="ar")]
     decoders: list[Injected] = []
+    wish = subset(*proposals) if isinstance(proposals, Sequence) else anything()
+    count = len(proposals) if isinstance(proposals, Sequence) else proposals
 
     def make() -> Injected:
         texts = sorted(zip(prompts, truth, strict=True), key=lambda pair: len(pair[0]))
         decoder = Injected(
-            model.core, draft_len=k, proposals=proposals, truth=[[*p, *t] for p, t in texts], shift=len(decoders)
+            model.core,
+            draft_len=k,
+            proposals=count or None,
+            truth=[[*p, *t] for p, t in texts],
+            shift=len(decoders),
+            wish=wish,
         )
+        if count == 0:
+            decoder.policy = Fixed(k, 0)
         decoders.append(decoder)
         return decoder
 
@@ -137,10 +159,14 @@ def run_injected(model: Model, prompts: list[list[int]], new: int, k: int, propo
     assert [a.token_ids for a in answers] == [t[:new] for t in truth]
     got = {n for d in decoders for n, _ in d.accepted}
     assert got == set(range(1, k + 1)), f"accepted counts {sorted(got)} of 1 … {k}"
-    chosen = sorted(set(range(1, k + 1)) if proposals is None else set(proposals))
+    picked = {levels for d in decoders for levels in d.picked}
+    if isinstance(proposals, Sequence):
+        assert picked == {tuple(sorted(proposals))}
+    chosen = set(proposals) if isinstance(proposals, Sequence) else set(range(1, k + 1))
     used = {used for d in decoders for _, used in d.accepted}
     if k > 1:
-        assert used - {0} == set(chosen), "a proposal was never used"
+        assert used - {0} == chosen, "a proposal was never used"
+    return picked
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,6 +204,18 @@ def test_injected_subsets_of_16(qwen3: Model, proposals: tuple[int, ...]) -> Non
     run_injected(qwen3, [list(p) for p in PROMPTS], 200, 16, proposals)
 
 
+@pytest.mark.parametrize(("k", "proposals"), [(3, 1), (3, 2), (4, 2), (6, 1), (6, 5)])
+def test_injected_where_rows_and_steps_differ(qwen3: Model, k: int, proposals: int) -> None:
+    """Every choice of so many proposals comes."""
+    found = run_injected(qwen3, [list(p) for p in PROMPTS], 120, k, proposals)
+    assert found == set(itertools.combinations(range(1, k + 1), proposals))
+
+
+@pytest.mark.parametrize("proposals", [3, 8, 15])
+def test_injected_where_rows_and_steps_differ_of_16(qwen3: Model, proposals: int) -> None:
+    assert len(run_injected(qwen3, [list(p) for p in PROMPTS], 400, 16, proposals)) >= 16
+
+
 class InjectedLinear(LinearDecoder):
     """What it drafts is the truth, corrupted at a place that cycles."""
 
@@ -191,8 +229,8 @@ class InjectedLinear(LinearDecoder):
         super().select(rows)
         self.truth = [self.truth[r] for r in rows]
 
-    def _verify(self, hidden: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-        accepted, follow = super()._verify(hidden, shape)
+    def _verify(self, hidden: torch.Tensor, shape: Shape, picked: _Picked) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden, shape, picked)
         self.shapes.append(shape)
         if not shape.proposals:
             self.accepted.update(accepted.tolist())
@@ -220,7 +258,7 @@ def test_injected_linear(qwen3: Model, k: int) -> None:
     assert [a.token_ids for a in answers] == [c.token_ids[:new] for c in ahead]
     assert decoder.accepted == set(range(1, k + 1))
     # In turn: the prefill has drafted, so a check comes first.
-    assert decoder.shapes[:4] == [Shape(k, (), k), Shape(1, (1,), k)] * 2
+    assert decoder.shapes[:4] == [Shape(k, 0, k), Shape(1, 1, k)] * 2
 
 
 def test_cache_holds_what_a_fresh_prefill_would(qwen3: Model) -> None:

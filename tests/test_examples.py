@@ -14,7 +14,7 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 SAYS = {
     "complete": "tokens,",
     "convert_and_train": "tokens a forward",
-    "same_seed": "draft length 8, proposals (1, 2, 4, 8): the same",
+    "same_seed": "draft length 8, proposals 3: the same",
     "stream": "# ended by length",
 }
 

@@ -6,19 +6,21 @@ On a GPU the kernels run, in captured graphs and float32; without one their plai
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tidar.api import Model
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.plan import Shape, few
+from tidar.decode.plan import Outcome, Shape, few
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
 from tidar.fast import obstacle
@@ -29,7 +31,6 @@ from tidar.fast.lean import FAMILIES
 from tidar.fast.pages import PAGE, Pages
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags, Network, Step
-from tidar.layout import all_proposals
 
 PROMPTS = [
     list(b"def add(a, b):"),
@@ -42,10 +43,11 @@ GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", "float32") if GPU else ("cpu", "float64")
 POLICIES: dict[str, Callable[[], Policy]] = {
     "ar": Autoregressive,
-    "k1": lambda: Fixed(1, ()),
-    "k3": lambda: Fixed(3, all_proposals(3)),
-    "k6": lambda: Fixed(6, all_proposals(6)),
-    "pruned": lambda: Fixed(6, (2, 5)),
+    "k1": lambda: Fixed(1, 0),
+    "k3": lambda: Fixed(3, 3),
+    "k6": lambda: Fixed(6, 6),
+    "one": lambda: Fixed(6, 1),
+    "two": lambda: Fixed(6, 2),
     "linear": lambda: Alternating(5),
 }
 
@@ -54,21 +56,25 @@ class Restless(Fixed):
     """Another shape every step."""
 
     def __init__(self) -> None:
-        super().__init__(6, ())
+        super().__init__(6, 0)
         self.turn = 0
 
     def shape(self, held: int) -> Shape:
         self.turn += 1
         wanted = [
-            Shape(held, all_proposals(held), 6),
-            Shape(1, (), 1),
-            Shape(min(held, 3), (1,), 4),
-            Shape(held, (), 1),
+            Shape(held, held, 6),
+            Shape(1, 0, 1),
+            Shape(min(held, 3), 1, 4),
+            Shape(held, 0, 1),
         ]
         return wanted[self.turn % 4]
 
-    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
-        assert all(1 <= n <= shape.drafts for n in accepted)
+    def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
+        assert all(1 <= n <= shape.drafts for n in outcome.accepted)
+        assert all(0 <= place < shape.drafts for place in outcome.places)
+        for n, behind in zip(outcome.accepted, outcome.behind, strict=True):
+            assert behind == shape.masks or (0 <= behind < n and shape.proposals)
+            assert behind == 0 or shape.proposals < shape.drafts
 
 
 def _once(decoder: FastDecoder) -> Callable[[], FastDecoder]:
@@ -116,12 +122,43 @@ def test_changing_shapes_changes_no_token(engine: Engine, qwen3: Model) -> None:
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("proposals", [1, 2, 3])
+def test_nothing_that_is_drafted_for_changes_a_token(
+    proposals: int,
+    options: dict[str, float],
+    qwen3: Model,
+    converted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With chances that say nothing of the drafts, each row and step drafts for others."""
+
+    def anything(logits: Tensor, drafts: Tensor) -> Tensor:
+        return torch.rand(drafts.shape, device=drafts.device)
+
+    picked, real = set[tuple[int, ...]](), Step.__call__
+
+    def noting(self: Step) -> None:
+        real(self)
+        picked.update(tuple(row) for row in self._levels.tolist())
+
+    monkeypatch.setattr("tidar.fast.step.chance", anything)
+    if not GPU:
+        monkeypatch.setattr(Step, "__call__", noting)
+    each = params(**options)
+    expected = qwen3.generate(PROMPTS, each, method="ar")
+    engine = made(converted("qwen3"))
+    found = generation.generate(engine.core, PROMPTS, each, lambda: FastDecoder(engine, Fixed(4, proposals)), 5)
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert GPU or picked == set(itertools.combinations(range(1, 5), proposals))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, converted: Callable[[str], Path]) -> None:
     core = load_model(converted(family), dtype="float64")
     expected = Model(core).generate(PROMPTS, params(), method="ar")
     engine = made(converted(family))
-    found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(4, (1, 2, 4))), 3)
+    found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(4, 3)), 3)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
@@ -134,7 +171,7 @@ def test_reference_checkpoint_drafts_as_on_the_plain_path() -> None:
     each = [SamplingParams(max_new_tokens=24), SamplingParams(max_new_tokens=24, temperature=0.7, seed=3)]
     expected = plain.generate(prompts, each, method="tidar", draft_len=8)
     engine = made(embedded_checkpoint())
-    found = generation.generate(engine.core, prompts, each, lambda: FastDecoder(engine, Fixed(8, all_proposals(8))), 2)
+    found = generation.generate(engine.core, prompts, each, lambda: FastDecoder(engine, Fixed(8, 8)), 2)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     # Drafts are chosen from shortlists here (`tidar.kernels.chain`), there from the whole vocabulary.
     assert sum(c.forwards for c in found) <= 1.1 * sum(c.forwards for c in expected)
@@ -159,7 +196,7 @@ def test_no_row_is_longer_than_the_model(engine: Engine, qwen3: Model) -> None:
 
 def test_rows_and_pages_are_used_again(engine: Engine) -> None:
     def run() -> list[list[int]]:
-        found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(3, (1, 3))), 5)
+        found = generation.generate(engine.core, PROMPTS, params(), lambda: FastDecoder(engine, Fixed(3, 2)), 5)
         return [c.token_ids for c in found]
 
     first = run()
@@ -176,7 +213,7 @@ def test_two_streams_at_once_do_not_meet(engine: Engine, qwen3: Model) -> None:
         return qwen3.generate([prompt], each, method="ar")[0].token_ids
 
     def fast(prompt: list[int]) -> Iterator[generation.Chunk]:
-        return generation.stream(engine.core, [prompt], each, lambda: FastDecoder(engine, Fixed(3, (1, 2, 3))), 1)
+        return generation.stream(engine.core, [prompt], each, lambda: FastDecoder(engine, Fixed(3, 3)), 1)
 
     streams = [fast(p) for p in PROMPTS[:3]]
     tokens: list[list[int]] = [[], [], []]
@@ -218,7 +255,7 @@ def test_planted_faults_are_caught(
             self._layout.counts.zero_()
 
     monkeypatch.setattr(Step, "__init__", planted)
-    found = generation.generate(engine.core, PROMPTS[:2], each, lambda: FastDecoder(engine, Fixed(3, (1, 2, 3))), 2)
+    found = generation.generate(engine.core, PROMPTS[:2], each, lambda: FastDecoder(engine, Fixed(3, 3)), 2)
     assert ([c.token_ids for c in found] == expected) == (fault == "none")
 
 
@@ -231,7 +268,7 @@ def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
     ]
     expected = qwen3.generate(prompts, each, method="ar")
     for ahead in (1, 3):
-        decoder = FastDecoder(engine, Fixed(3, (1, 2, 3)), ahead=ahead)
+        decoder = FastDecoder(engine, Fixed(3, 3), ahead=ahead)
         sizes: list[tuple[int, int]] = []
         real = decoder.select
 

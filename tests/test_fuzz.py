@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from picking import anything, steer
 from pyarrow import parquet
 from tiny import FAMILIES
 
@@ -25,7 +26,8 @@ from tidar.data.sources import documents
 from tidar.decode import generation
 from tidar.decode.generation import Completion
 from tidar.decode.plan import Shape
-from tidar.decode.tidar import TidarDecoder
+from tidar.decode.policy import Fixed
+from tidar.decode.tidar import TidarDecoder, _Picked
 from tidar.errors import TidarError
 
 pytestmark = pytest.mark.slow
@@ -35,7 +37,10 @@ Request = tuple[Prompt, SamplingParams]
 
 
 class Guided(TidarDecoder):
-    """Drafts are the coming text, or the model's own with a given probability: a step commits any number of tokens."""
+    """Drafts are the coming text, or the model's own with a given probability: a step commits any number of tokens.
+
+    And what it drafts for is anything.
+    """
 
     def __init__(
         self, *args: object, truth: Mapping[Request, Sequence[int]], own: float, counts: set[int], **kwargs: object
@@ -45,6 +50,7 @@ class Guided(TidarDecoder):
         self.own = own
         self.counts = counts
         self.random = random.Random(0)
+        self.wish = anything()
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         self.ahead = [[*p, *self.truth[tuple(p), q]] for p, q in zip(prompts, params, strict=True)]
@@ -54,8 +60,12 @@ class Guided(TidarDecoder):
         super().select(rows)
         self.ahead = [self.ahead[r] for r in rows]
 
-    def _verify(self, hidden: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-        accepted, follow = super()._verify(hidden, shape)
+    def _pick(self, shape: Shape) -> _Picked:
+        steer(self, self.wish, shape)
+        return super()._pick(shape)
+
+    def _verify(self, hidden: torch.Tensor, shape: Shape, picked: _Picked) -> tuple[torch.Tensor, torch.Tensor]:
+        accepted, follow = super()._verify(hidden, shape, picked)
         self.counts.update(accepted.tolist())
         return accepted, follow
 
@@ -70,9 +80,9 @@ class Guided(TidarDecoder):
 
 
 def guided(
-    model: Model, requests: Sequence[Request], k: int, proposals: Sequence[int] | None, batch: int, own: float
+    model: Model, requests: Sequence[Request], k: int, proposals: int | None, batch: int, own: float
 ) -> tuple[list[Completion], set[int]]:
-    """The answers, and the numbers of accepted drafts that occurred."""
+    """The answers, and the numbers of accepted drafts that occurred; proposals may be 0."""
     prompts, params = [list(p) for p, _ in requests], [q for _, q in requests]
     endless = [SamplingParams(**{**q.__dict__, "stop": (), "ignore_eos": True}) for q in params]
     ahead = model.generate(prompts, endless, method="ar")
@@ -81,7 +91,10 @@ def guided(
     counts: set[int] = set()
 
     def make() -> Guided:
-        return Guided(model.core, draft_len=k, proposals=proposals, truth=truth, own=own, counts=counts)
+        decoder = Guided(model.core, draft_len=k, proposals=proposals or None, truth=truth, own=own, counts=counts)
+        if proposals == 0:
+            decoder.policy = Fixed(k, 0)
+        return decoder
 
     return generation.generate(model.core, prompts, params, make, batch), counts
 
@@ -129,24 +142,24 @@ def test_any_request_of_any_family(family: str, converted: Callable[[str], Path]
 
     # Chance alone may leave a number of accepted drafts out; this one does not.
     @example(
-        requests=[((n, 98, 99), long) for n in range(4)], k=4, every=True, some=set(), batch=4, own=0.4, eos=frozenset()
+        requests=[((n, 98, 99), long) for n in range(4)], k=4, every=True, some=0, batch=4, own=0.4, eos=frozenset()
     )
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         requests=REQUESTS,
         k=st.sampled_from([4, 16, 1, 2, 3, 5, 8]),
         every=st.booleans(),
-        some=st.sets(st.integers(1, 16)),
+        some=st.integers(0, 16),
         batch=st.integers(1, 5),
         own=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
         eos=st.frozensets(st.integers(0, 255), max_size=12),
     )
     def check(
-        requests: list[Request], k: int, every: bool, some: set[int], batch: int, own: float, eos: frozenset[int]
+        requests: list[Request], k: int, every: bool, some: int, batch: int, own: float, eos: frozenset[int]
     ) -> None:
         ending = ending_at(model, eos)
         expected = [ending.generate([list(p)], q, method="ar")[0] for p, q in requests]
-        proposals = None if every else sorted(j for j in some if j <= k)
+        proposals = None if every else min(some, k)
         got, counts = guided(ending, requests, k, proposals, batch, own)
         assert said(got) == said(expected)
         assert all(new.forwards <= old.forwards for new, old in zip(got, expected, strict=True))

@@ -165,7 +165,8 @@ BAD: list[tuple[str, Callable[[Model], object]]] = [
     ("takes fewer than 512", lambda m: m.generate([5] * 600)),
     ("outside 0", lambda m: m.generate([5, 10**6])),
     ("draft length must be at least 1", lambda m: m.generate(PROMPT, draft_len=0)),
-    ("between 1 and", lambda m: m.generate(PROMPT, draft_len=4, proposals=[5])),
+    ("between 1 and", lambda m: m.generate(PROMPT, draft_len=4, proposals=5)),
+    ("between 1 and", lambda m: m.generate(PROMPT, draft_len=4, proposals=0)),
     ("method 'fast' is unknown", lambda m: m.generate(PROMPT, method="fast")),  # type: ignore[arg-type]
     ("batch_size", lambda m: m.generate(PROMPT, batch_size=0)),
     ("2 sampling parameters for 1", lambda m: m.generate(PROMPT, [SamplingParams()] * 2)),

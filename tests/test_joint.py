@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from picking import chances_of, steered, subset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +17,9 @@ from tidar.config import Architecture, SamplingParams
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
 from tidar.decode.linear import LinearDecoder
-from tidar.decode.tidar import TidarDecoder
+from tidar.decode.plan import Shape
+from tidar.decode.policy import Fixed
+from tidar.decode.tidar import TidarDecoder, _Picked
 from tidar.fresh import create_model
 from tidar.model import CausalLM
 from tidar.sampling import RowParams, process
@@ -136,9 +140,39 @@ def test_joint_with_a_transition(model: CausalLM, acceptance: str, monkeypatch: 
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
 
 
-@pytest.mark.parametrize("proposals", [(3,), (), pytest.param((1,), marks=pytest.mark.slow)])
-def test_joint_with_pruned_proposals(model: CausalLM, proposals: tuple[int, ...]) -> None:
-    counts = draw(TidarDecoder, model, ALL, draft_len=3, proposals=proposals, acceptance="ratio")
+@pytest.mark.parametrize("level", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)])
+def test_joint_with_one_proposal(model: CausalLM, level: int) -> None:
+    with steered(subset(level)):
+        counts = draw(TidarDecoder, model, ALL, draft_len=3, proposals=1, acceptance="ratio")
+    assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
+
+
+def test_joint_without_proposals(model: CausalLM) -> None:
+    """Of the drafts of the prefill, and of none."""
+
+    def made(core: CausalLM, **options: Any) -> TidarDecoder:
+        decoder = TidarDecoder(core, **options)
+        decoder.policy = Fixed(3, 0)
+        return decoder
+
+    counts = draw(made, model, ALL, draft_len=3, acceptance="ratio")
+    assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
+
+
+class Telling(TidarDecoder):
+    """What is drafted for hangs on the last draft, as its chance does."""
+
+    def _pick(self, shape: Shape) -> _Picked:
+        likely = torch.full((len(self._drafts), shape.drafts), 0.1)
+        even = self._drafts[:, -1] % 2 == 0
+        likely[even, 0], likely[~even, -1] = 1.0, 1.0
+        self._chances = chances_of(likely)
+        return super()._pick(shape)
+
+
+def test_joint_where_drafts_say_what_is_drafted_for(model: CausalLM) -> None:
+    """Then whether a draft is made hangs on one that stood in its place and was thrown away."""
+    counts = draw(Telling, model, ALL, draft_len=3, proposals=1, acceptance="ratio")
     assert p_value(counts, enumerate_joint(model, ALL)) > ALPHA
 
 

@@ -34,6 +34,7 @@ class Case:
     causal: int = 4
     block: int = 4
     levels: tuple[int, ...] = (1, 2, 3, 4)
+    apart: bool = False  # each row has levels of its own: the same, moved on by one from row to row
     lengths: tuple[int, ...] = (0, 37)
     heads: int = 2
     group: int = 2
@@ -48,6 +49,12 @@ class Case:
     @property
     def queries(self) -> int:
         return self.causal + self.block * len(self.levels)
+
+    @property
+    def each(self) -> list[list[int]]:
+        """Levels of each row."""
+        step = self.causal + 1
+        return [[(level + self.apart * b) % step for level in self.levels] for b in range(len(self.lengths))]
 
     def tensors(self, seed: int = 0) -> dict[str, Any]:
         """Arguments of `attend`, with garbage wherever no committed key is; in which pages is drawn anew each time."""
@@ -77,7 +84,7 @@ class Case:
             "v_pages": stores[1],
             "block_table": table,
             "lengths": torch.tensor(self.lengths, dtype=torch.int32),
-            "levels": torch.tensor(self.levels, dtype=torch.int32),
+            "levels": torch.tensor(self.each if self.apart else self.levels, dtype=torch.int32),
             "sinks": normal(self.heads * self.group) if self.sinks else None,
         }
         return {name: None if t is None else t.to(DEVICE) for name, t in made.items()}
@@ -171,12 +178,12 @@ def by_layout(case: Case, given: dict[str, Any], plan: layout.Layout) -> Tensor:
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("window", [None, 1, 5, 24])
 def test_twin_is_the_step_layout(k: int, window: int | None) -> None:
-    for proposals in (layout.all_proposals(k), layout.all_proposals(k)[::2], ()):
-        case = Case(k, k, proposals, lengths=(0, 16, 21), window=window, softcap=20.0, sinks=True)
+    every = tuple(range(1, k + 1))
+    for levels, apart in ((every, False), (every[::2], False), ((), False), (every[:3], True)):
+        case = Case(k, k, levels, apart, lengths=(0, 16, 21), window=window, softcap=20.0, sinks=True)
         given = case.tensors()
-        torch.testing.assert_close(
-            exact(case, given).cpu(), by_layout(case, given, layout.step(case.lengths, k, proposals))
-        )
+        plan = layout.step(case.lengths, k, torch.tensor(case.each, dtype=torch.long) if apart else levels)
+        torch.testing.assert_close(exact(case, given).cpu(), by_layout(case, given, plan))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -205,6 +212,8 @@ CASES = {
     "k=16": Case(16, 16, tuple(range(1, 17)), lengths=(70,), heads=1, group=2, width=128, page=64, tiles=WIDE),
     "some proposals": Case(8, 8, (2, 7), lengths=(15, 17)),
     "levels from none, unsorted": Case(4, 3, (3, 0, 4)),
+    "levels of each row": Case(8, 8, (2, 7), apart=True, lengths=(15, 0, 17)),
+    "levels of each row, 16 bits": Case(5, 3, (0, 4, 1), apart=True, lengths=(3, 40), dtype=torch.float16),
     "verification": Case(5, 0, (), lengths=(0, 31, 33)),
     "draft forward": Case(3, 7, (3,), lengths=(0, 64)),
     "more causal tokens than a tile": Case(40, 3, (40, 17), lengths=(9,), tiles=Tiles(16, 16, 2, 4, 2)),
@@ -253,6 +262,7 @@ def test_kernel_is_the_twin_anywhere(data: st.DataObject) -> None:
         causal=causal,
         block=pick(1, 2, 3, 4, 9) if levels else 0,
         levels=levels,
+        apart=pick(False, True),
         lengths=tuple(data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=2))),
         heads=pick(1, 2),
         group=pick(1, 2, 3, 4, 7),
@@ -300,8 +310,9 @@ def test_chosen_tiles_and_strided_tensors() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
-def test_a_captured_step_follows_lengths_and_levels() -> None:
-    case = Case(lengths=(20, 37), dtype=torch.bfloat16)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_captured_step_follows_lengths_and_levels(apart: bool) -> None:
+    case = Case(lengths=(20, 37), apart=apart, dtype=torch.bfloat16)
     given, workspace = case.tensors(), case.workspace()
     out = torch.empty_like(given["q"])
 
@@ -348,6 +359,15 @@ def test_a_stale_key_is_caught() -> None:
     assert agree(computed(case, given), wanted)
     given["lengths"] += 1
     assert not agree(computed(case, given), wanted)
+
+
+def test_levels_of_another_row_are_caught() -> None:
+    case = Case(8, 4, (1, 4), apart=True, lengths=(20, 20))
+    given = case.tensors()
+    swapped = given | {"levels": given["levels"].flip(0)}
+    assert agree(computed(case, given), exact(case, given))
+    assert not agree(computed(case, given), exact(case, swapped))
+    assert not agree(computed(case, given), exact(case, given | {"levels": given["levels"][0]}))
 
 
 @pytest.mark.parametrize("fault", ["other proposal", "later draft", "causal masks", "window off by one"])
@@ -420,7 +440,12 @@ def test_tiles() -> None:
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"dtype": torch.float64}, "tidar.kernels.reference"),
-    "queries": ({"levels": (1, 2)}, "equal blocks of masks"),
+    "queries": ({"levels": torch.tensor([1, 2, 3])}, "equal blocks of masks"),
+    "queries, rows apart": ({"levels": torch.ones(2, 3, dtype=torch.long)}, "equal blocks of masks"),
+    "levels of other rows": ({"levels": torch.ones(3, 4, dtype=torch.long)}, r"of shape \(P,\) or \(B, P\)"),
+    "levels of blocks": ({"levels": torch.ones(2, 2, 4, dtype=torch.long)}, r"of shape \(P,\) or \(B, P\)"),
+    "strided levels": ({"levels": torch.ones(4, 2, dtype=torch.long).T}, "contiguous in P"),
+    "levels between": ({"levels": torch.ones(2, 4)}, "levels must be integers"),
     "window": ({"window": 0}, "above 0"),
     "sinks": ({"sinks": torch.zeros(3)}, "sinks"),
     "lengths": ({"lengths": torch.zeros(2, dtype=torch.long)}, "int32"),
@@ -438,8 +463,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_mistakes(change: dict[str, Any], message: str) -> None:
     case = Case(dtype=change.pop("dtype", torch.float32))
     given: dict[str, Any] = {"out": None, "workspace": None} | case.tensors() | case.options
-    if "levels" in change:
-        change = {"levels": given["levels"][:3]}
     with pytest.raises(TidarError, match=message):
         step_attention.attend(**(given | change))
     with pytest.raises(TidarError, match="powers of 2"):

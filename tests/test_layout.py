@@ -94,15 +94,17 @@ def test_training_leaks_nothing(lengths: list[int], k: int, phase: int) -> None:
     st.data(),
 )
 def test_step_by_hand(lengths: list[int], k: int, data: st.DataObject) -> None:
-    proposals = data.draw(st.sets(st.integers(1, k)).map(sorted))
+    count, apart = data.draw(st.integers(0, k)), data.draw(st.booleans())
+    some = st.permutations(range(1, k + 1)).map(lambda levels: sorted(levels[:count]))
+    levels = [data.draw(some) for _ in lengths] if apart else [data.draw(some)] * len(lengths)
     masks = data.draw(st.none() | st.integers(1, 6))
-    plan = layout.step(lengths, k, proposals, masks)
+    plan = layout.step(lengths, k, torch.tensor(levels, dtype=torch.long) if apart else levels[0], masks)
     width = k if masks is None else masks
-    kinds = [("draft", i, 0) for i in range(1, k + 1)] + [("mask", j, o) for j in proposals for o in range(width)]
-    assert plan.queries == k + width * len(proposals)
-    assert plan.rows.tolist() == [q for q, (kind, _, place) in enumerate(kinds) if kind == "draft" or place]
+    assert plan.queries == k + width * count
     dense = mask.dense(plan)
     for row, length in enumerate(lengths):
+        kinds = [("draft", i, 0) for i in range(1, k + 1)] + [("mask", j, o) for j in levels[row] for o in range(width)]
+        assert plan.rows.tolist() == [q for q, (kind, _, place) in enumerate(kinds) if kind == "draft" or place]
         for q, (kind, j, place) in enumerate(kinds):
             assert plan.positions[row, q] == length + (j - 1 if kind == "draft" else j + place)
             expected = {*range(length), *(length + i for i in range(j))}  # the prefix and drafts 1 … j
@@ -222,8 +224,9 @@ def test_block_mask_equals_dense(lengths: list[int], k: int, narrow: bool) -> No
     assert torch.equal(rebuilt[:queries, :queries], dense)
 
 
-def test_bad_proposals() -> None:
+def test_bad_levels() -> None:
     with pytest.raises(TidarError, match="at least 1"):
         layout.step([3], 0)
-    with pytest.raises(TidarError, match="between 1 and"):
-        layout.step([3], 4, [1, 5])
+    for wrong in ([1, 5], [0, 1]):
+        with pytest.raises(TidarError, match="between 1 and the draft length 4"):
+            layout.step([3], 4, wrong)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from picking import chances_for
 from torch import Tensor
 
 from tidar import layout
@@ -25,13 +26,23 @@ from tidar.model import CausalLM
 KERNELS = ops.load(plain=True)
 
 
-def general(model: CausalLM, text: list[int], k: int, proposals: tuple[int, ...], drafts: Tensor) -> Tensor:
+def general(model: CausalLM, text: list[int], k: int, levels: Sequence[int], drafts: Tensor) -> Tensor:
     """(L, D) of a step after ``text``, from plain forwards."""
     cache = SlotCache(1)
     model.hidden(torch.tensor([text]), layout.causal([0], len(text)), cache=cache)
     cache.commit([len(text)])
-    plan = layout.step([len(text)], k, proposals)
+    plan = layout.step([len(text)], k, levels)
     return model.hidden(plan.tokens(drafts[None], model.mask_id), plan, cache=cache)[0]
+
+
+STEPS: list[tuple[int, list[list[int]], tuple[int, int]]] = [
+    (3, [[1, 2, 3]] * 2, (2, 3)),
+    (1, [[], []], (1, 1)),
+    (4, [[2], [4]], (4, 1)),
+    (2, [[1, 2]] * 2, (1, 2)),
+    (5, [[1, 4], [2, 3]], (2, 5)),
+]
+"""Drafts, what each row drafts for, and how many drafts stand in each."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,13 +55,15 @@ def test_steps_equal_the_general_path(family: str, converted: Callable[[str], Pa
     with torch.inference_mode():
         slots, _ = engine.open(engine, texts, [SamplingParams(max_new_tokens=50)] * 2)
         engine.prefill(slots, texts, 3, greedy)
-        for k, proposals, accepted in ((3, (1, 2, 3), (2, 3)), (1, (), (1, 1)), (4, (2,), (4, 1)), (2, (1, 2), (1, 2))):
+        for k, levels, accepted in STEPS:
             drafts = torch.randint(200, (2, k), generator=torch.Generator().manual_seed(k))
-            step = Step(network, slots, Shape(k, proposals, k), greedy)
+            step = Step(network, slots, Shape(k, len(levels[0]), k), greedy)
+            slots.chances[:, 1:k] = chances_for(levels, k)
             x = network.hidden(drafts, step._layout, slots).x
+            assert step._levels.tolist() == levels
             found = KERNELS.norm(x, lean.norm, eps=lean.eps).view(2, -1, x.shape[1])
             for row in range(2):
-                expected = general(model, texts[row], k, proposals, drafts[row])
+                expected = general(model, texts[row], k, levels[row], drafts[row])
                 # transformers computes norms in float32 whatever the model's dtype, the twins do not.
                 torch.testing.assert_close(found[row], expected, rtol=0, atol=2e-5)
                 texts[row] += drafts[row, : accepted[row]].tolist()

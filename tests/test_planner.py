@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,12 +13,14 @@ import torch
 from tidar.api import Model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.plan import AR, Plan, Shape, candidates, few, shapes
+from tidar.decode.plan import AR, Outcome, Plan, Shape, candidates, few, shapes
 from tidar.decode.planned import PlannedDecoder, measure
 from tidar.decode.planner import (
     DOUBT,
     FELL,
+    FORGET,
     FRESH,
+    PRIOR,
     TAIL,
     TAILS,
     Acceptance,
@@ -32,7 +34,9 @@ from tidar.decode.planner import (
     tokens_per_step,
 )
 from tidar.decode.policy import REPLAN, Planning
+from tidar.decode.tidar import _Picked
 from tidar.errors import TidarError
+from tidar.proposals import outcomes
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
 FALLING = np.array(
@@ -49,59 +53,84 @@ def even(rate: float, longest: int) -> Rates:
     return np.array([[1.0] + [rate] * (longest - 1)] * 3)
 
 
-def quickest(plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan) -> Plan:
-    return best({plan: speed(plan, rates, times) for plan in plans}, keep)
+def quickest(
+    plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan, covered: Callable[[Plan], float] | None = None
+) -> Plan:
+    told = Acceptance().covered if covered is None else covered
+    return best({plan: speed(plan, rates, told(plan), times) for plan in plans}, keep)
 
 
-def simulated(plan: Plan, rates: Rates, steps: int) -> float:
-    """Tokens a step, drafts accepted by chance."""
+def simulated(plan: Plan, rates: Rates, covered: float, steps: int) -> float:
+    """Tokens a step, drafts accepted by chance, and what comes drafted for by chance: proposals that know nothing of it
+    lie evenly among 1 … K."""
     draw, made, behind, fell = random.Random(0), 0, 0, False
     k = plan.draft_len
+    gap = max(1, round((k - plan.proposals) / (plan.proposals + 1)))
     for _ in range(steps):
         n, kind = 1, 2 if behind else 0 if fell else 1
         while behind + n < k and draw.random() < rates[kind, n]:
             n += 1
         made += n
-        level = n if plan.method == "linear" else max((j for j in plan.proposals if j <= n), default=None)
-        behind, fell = k - 1 if level is None else min(n - level, k - 1), n == 1
+        behind, fell = 0, n == 1
+        if draw.random() >= covered:
+            nothing = n == 1 or draw.random() < 1 / (plan.proposals + 1)
+            behind = k - 1 if nothing else min(k - 1, draw.randint(1, min(gap, n - 1)))
     return made / steps
 
 
-@pytest.mark.parametrize("proposals", [(1,), (8,), (1, 2), (2, 5), (1, 2, 4, 8), tuple(range(1, 9))])
+@pytest.mark.parametrize("covered", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize("proposals", [1, 2, 5, 7, 8])
 @pytest.mark.parametrize("rates", [FALLING, even(0.3, 8), even(1, 8)], ids=["falling", "poor", "perfect"])
-def test_tokens_per_step(proposals: tuple[int, ...], rates: Rates) -> None:
+def test_tokens_per_step(proposals: int, rates: Rates, covered: float) -> None:
     plan = Plan("tidar", 8, proposals)
-    assert tokens_per_step(plan, rates) == pytest.approx(simulated(plan, rates, 60_000), rel=0.02)
+    expected = simulated(plan, rates, covered, 60_000)
+    assert tokens_per_step(plan, rates, covered) == pytest.approx(expected, rel=0.02)
+
+
+def test_more_is_made_where_more_is_drafted_for() -> None:
+    for count in (1, 3, 6):
+        made = [tokens_per_step(Plan("tidar", 8, count), FALLING, covered) for covered in (0.0, 0.3, 0.7, 1.0)]
+        assert made == sorted(made) and made[0] < 0.9 * made[-1]
+    assert tokens_per_step(Plan("tidar", 8, 3), FALLING) == tokens_per_step(Plan("tidar", 8, 3), FALLING, 1.0)
 
 
 def test_tokens_per_step_of_the_others() -> None:
     assert tokens_per_step(AR, FALLING) == 1
     linear = Plan("linear", 3)
-    assert tokens_per_step(linear, FALLING) == pytest.approx((simulated(linear, FALLING, 60_000) + 1) / 2, rel=0.02)
+    assert tokens_per_step(linear, FALLING) == pytest.approx(
+        (simulated(linear, FALLING, 1.0, 60_000) + 1) / 2, rel=0.02
+    )
     one = np.stack([FALLING[1], FALLING[1], FALLING[2]])  # what stood before does not count
     assert tokens_per_step(linear, one) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
-    assert tokens_per_step(Plan("tidar", 3, (1, 2, 3)), one) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
+    assert tokens_per_step(Plan("tidar", 3, 3), one) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
 
 
 def test_choices() -> None:
     plans = list(candidates(16))
     assert len(plans) == len(set(plans))
     good = even(0.9, 16)
-    assert quickest(plans, good, FLAT, AR) == Plan("tidar", 16, tuple(range(1, 17)))  # queries cost nothing
+    assert quickest(plans, good, FLAT, AR) == Plan("tidar", 16, 16)  # queries cost nothing
     assert quickest(plans, good, Times([(1, 1.0), (2, 2.0)]), Plan("linear", 4)) == AR  # all they can
     middling = quickest(plans, good, Times([(1, 1.0), (64, 1.3), (300, 9.0)]), AR)
-    assert middling.method == "linear" or len(middling.proposals) < middling.draft_len
+    assert middling.method == "linear" or middling.proposals < middling.draft_len
     assert quickest(plans, even(0.01, 16), FLAT, AR) == AR  # clearly better, or it stays
-    assert quickest(plans, good, FLAT, Plan("tidar", 16, tuple(range(1, 17)))).draft_len == 16
+    assert quickest(plans, good, FLAT, Plan("tidar", 16, 16)).draft_len == 16
 
 
-def test_the_tail_of_one_proposal_may_be_enough() -> None:
-    """Where queries are dear one proposal serves all places if its tail stands, and all of them if it does not."""
+def test_how_many_proposals_are_enough() -> None:
+    """Where queries are dear: one if it is known what will come, nearly all if nothing is; and fewer where tails
+    stand."""
     plans, dear = list(few(16)), Times([(1, 1.0), (16, 1.5), (32, 1.5), (80, 1.9), (256, 2.1)])
     firm, poor = even(0.85, 16), even(0.85, 16)
     poor[2, 1:] = 0.1
-    assert quickest(plans, firm, dear, AR) == Plan("tidar", 16, (1,))
-    assert len(quickest(plans, poor, dear, AR).proposals) >= 8
+
+    def nothing(plan: Plan) -> float:
+        return plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0
+
+    assert quickest(plans, firm, dear, AR, lambda _: 1.0) == Plan("tidar", 16, 1)
+    assert quickest(plans, firm, dear, AR, nothing) == Plan("tidar", 16, 15)
+    long = [plan for plan in plans if plan.draft_len == 16]
+    assert quickest(long, firm, dear, AR).proposals < quickest(long, poor, dear, AR).proposals < 15
 
 
 def test_the_shortest_draft_has_no_plan_but_ar() -> None:
@@ -127,6 +156,46 @@ def test_acceptance_is_what_was_seen_lately() -> None:
     for _ in range(300):
         saw(seen, (FRESH, 3, 0))
     assert seen.rates(4)[1, 1] < 0.03
+
+
+def test_covered_is_what_was_seen_lately() -> None:
+    seen, draw = Acceptance(), random.Random(0)
+    alone = Plan("tidar", 8, 1)
+    assert seen.covered(alone) == pytest.approx(0.6, abs=0.02)
+    assert seen.covered(Plan("tidar", 16, 1)) == pytest.approx(0.37, abs=0.02)
+    rising = [seen.covered(Plan("tidar", 16, count)) for count in range(1, 17)]
+    assert rising == sorted(rising) and rising[-1] == 1.0
+    for _ in range(400):
+        seen.placed(8, np.array([0, 3]))
+    for count, share in ((1, 1 / 2), (3, 1 / 2), (4, 1), (8, 1)):
+        assert seen.covered(Plan("tidar", 8, count)) == pytest.approx(share, abs=0.01)
+    # What was seen with 8 drafts serves others; the halves of a place as likely as each other.
+    for count, share in ((1, 1 / 4), (2, 1 / 2), (6, 1 / 2), (7, 3 / 4), (8, 1)):
+        assert seen.covered(Plan("tidar", 16, count)) == pytest.approx(share, abs=0.01)
+    assert seen.covered(Plan("tidar", 4, 1)) == pytest.approx(1 / 2, abs=0.01)
+    for _ in range(400):
+        seen.placed(16, np.array([draw.randrange(16)]))
+    for count in range(1, 16):
+        assert seen.covered(Plan("tidar", 16, count)) == pytest.approx(count / 16, abs=0.15)
+    assert seen.covered(AR) == seen.covered(Plan("linear", 8)) == seen.covered(Plan("tidar", 8, 8)) == 1
+
+
+def test_outcomes_count_one_by_one() -> None:
+    """By hand: each row as much as another, each step a little less than the next."""
+    draw, steps = random.Random(1), 30
+    seen, hits, asked = Acceptance(), np.zeros(9), 0.0
+    before = [seen.covered(Plan("tidar", 8, count)) for count in range(1, 9)]
+    for _ in range(steps):
+        places = [draw.randrange(8) for _ in range(draw.randint(1, 4))]
+        seen.placed(8, np.array(places))
+        hits *= FORGET
+        for place in places:
+            hits[place + 1 :] += 1
+        asked = FORGET * asked + len(places)
+    left = PRIOR[1] * FORGET**steps  # of what was believed
+    for count in range(1, 9):
+        share = (hits[count] + left * before[count - 1]) / (asked + left)
+        assert seen.covered(Plan("tidar", 8, count)) == pytest.approx(share)
 
 
 def test_rows_of_a_step_count_one_by_one() -> None:
@@ -166,7 +235,7 @@ def test_kinds_that_a_plan_has_not_are_supposed_from_those_that_it_has() -> None
 
 def test_times() -> None:
     def step(queries: int) -> Shape:
-        return Shape(queries, (), queries)
+        return Shape(queries, 0, queries)
 
     times = Times([(8, 3.0), (1, 1.0), (16, 2.0)])
     assert [times(step(q)) for q in (1, 8, 12)] == [1 * DOUBT, 3 * DOUBT, 3 * DOUBT], "more queries never take less"
@@ -182,10 +251,10 @@ def test_times() -> None:
 
 
 def test_steps_of_as_many_queries_are_told_apart_where_each_is_measured() -> None:
-    verify, drafts = Shape(16, (), 16), Shape(4, (1, 2, 3), 4)
+    verify, drafts = Shape(16, 0, 16), Shape(4, 3, 4)
     times = Measured({verify: 1.0, drafts: 1.5})
-    assert (times(verify), times(drafts), times(Shape(8, (1,), 8))) == (1.0, 1.5, float("inf"))
-    assert times.ready(drafts) and not times.ready(Shape(8, (1,), 8))
+    assert (times(verify), times(drafts), times(Shape(8, 1, 8))) == (1.0, 1.5, float("inf"))
+    assert times.ready(drafts) and not times.ready(Shape(8, 1, 8))
 
 
 class Restless(PlannedDecoder):
@@ -196,7 +265,8 @@ class Restless(PlannedDecoder):
         self.random, self.plans, self.used = random.Random(1), list(plans), set[str]()
         self.right: list[list[tuple[bool, int]]] = []  # whether they are tails, and how many
         self.noted: list[list[tuple[bool, int]]] = []
-        self.seen_rows: list[list[int]] = []
+        self.came: list[list[int]] = []  # places of outcomes, by hand
+        self.placed: list[list[int]] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
         self._offsets = [list(range(1, self.draft_len)) for _ in prompts]
@@ -208,20 +278,29 @@ class Restless(PlannedDecoder):
         self.used.add(self.policy.plan.method if shape.drafts > 1 or not shape.proposals else "draft")
         self.right.append([(o[0] > 1, len(o[: shape.drafts - 1])) for o in self._offsets if o[: shape.drafts - 1]])
         self.noted.append([])
-        return super().step()
+        tested = [row for row, o in enumerate(self._offsets) if o[: shape.drafts - 1]]
+        likely = outcomes(self._chances[:, : shape.drafts - 1]).tolist()
+        certain = super().step()
+        order = [sorted(range(shape.drafts), key=lambda n, of=of: -of[n]) for of in likely]  # type: ignore[misc]
+        if tested:
+            self.came.append([order[row].index(len(certain[row]) - 1) for row in tested])
+        return certain
 
     def select(self, rows: list[int]) -> None:
         super().select(rows)
         self._offsets = [self._offsets[r] for r in rows]
 
-    def _proposal(self, masks: torch.Tensor, accepted: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, made = super()._proposal(masks, accepted, shape)
-        levels = [max((j for j in shape.proposals if j <= n), default=0) for n in accepted.tolist()]
+    def _proposal(
+        self, masks: torch.Tensor, accepted: torch.Tensor, shape: Shape, picked: _Picked
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden, made, behind = super()._proposal(masks, accepted, shape, picked)
+        each = zip(accepted.tolist(), picked.levels.tolist(), strict=True)
+        levels = [max((j for j in own if j <= n), default=0) for n, own in each]
         self._offsets = [
             [int(n) - level + place for place in range(1, len(row) + 1) if row[place - 1]]
             for n, level, row in zip(accepted.tolist(), levels, made.tolist(), strict=True)
         ]
-        return hidden, made
+        return hidden, made, behind
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}])
@@ -239,11 +318,19 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
         assert (accepted >= 0).all() and (accepted <= counts).all()
         real(self, kinds, counts, accepted)
 
+    def placing(self: Acceptance, drafts: int, places: Counts) -> None:
+        decoder.placed.append(places.tolist())
+        assert (places >= 0).all() and (places < drafts).all()
+        placed(self, drafts, places)
+
+    placed = Acceptance.placed
     monkeypatch.setattr(Acceptance, "update", noting)
+    monkeypatch.setattr(Acceptance, "placed", placing)
     found = generation.generate(qwen3.core, PROMPTS, params, lambda: decoder, 3)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert decoder.used == {"ar", "linear", "tidar", "draft"}
     assert decoder.noted == decoder.right, "what it learns from is not what was drafted"
+    assert decoder.placed == decoder.came and max(map(max, decoder.placed)) > 1
 
 
 def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,29 +342,36 @@ def test_it_settles_on_what_is_quick(qwen3: Model, monkeypatch: pytest.MonkeyPat
     assert decoder.policy.plan.method == "tidar"
     dear = Times([(1, 1.0), (2, 50.0)])
     for _ in range(3):
-        dear.update(Shape(1, (), 1), 1.0)
+        dear.update(Shape(1, 0, 1), 1.0)
     slow = PlannedDecoder(qwen3.core, draft_len=4, times={1: dear})
     monkeypatch.setattr(Times, "update", lambda self, shape, seconds: None)
     shapes: list[Shape] = []
     real = Planning.learn
 
-    def noting(self: Planning, shape: Shape, accepted: list[int], seconds: float) -> None:
+    def noting(self: Planning, shape: Shape, outcome: Outcome, seconds: float) -> None:
         shapes.append(shape)
-        real(self, shape, accepted, seconds)
+        real(self, shape, outcome, seconds)
 
     monkeypatch.setattr(Planning, "learn", noting)
     generation.generate(qwen3.core, PROMPTS[:1], params, lambda: slow, 1)
     assert slow.policy.plan == AR
     last = shapes[-140:]
-    probe = last.index(Shape(1, (1,), 4))
-    assert last[probe + 1] == Shape(4, (), 4), "it asks again whether drafts have become better, and looks"
-    assert last.count(Shape(1, (), 1)) > 0.9 * len(last)
+    probe = last.index(Shape(1, 1, 4))
+    assert last[probe + 1] == Shape(4, 0, 4), "it asks again whether drafts have become better, and looks"
+    assert last.count(Shape(1, 0, 1)) > 0.9 * len(last)
+
+
+def came(shape: Shape, chance: random.Random) -> Outcome:
+    """Anything that may come in a row."""
+    n = chance.randint(1, shape.drafts)
+    behind = chance.choice([*range(min(n, shape.masks)), shape.masks]) if shape.proposals else shape.masks
+    return Outcome([n], [behind], [chance.randrange(shape.drafts)])
 
 
 def test_only_what_is_ready_is_asked_for() -> None:
     """A change of plan goes through steps that were measured, whatever drafts are at hand."""
     plans = list(few(16))
-    ready = {shape for plan in plans for shape in shapes(plan)} | {Shape(1, (1,), k) for k in (16, 8, 4)}
+    ready = {shape for plan in plans for shape in shapes(plan)} | {Shape(1, 1, k) for k in (16, 8, 4)}
     policy = Planning(16, plans)
     policy.open(1)
     policy.begin(lambda _: Measured(dict.fromkeys(ready, 1.0)))
@@ -287,7 +381,7 @@ def test_only_what_is_ready_is_asked_for() -> None:
         for _ in range(3):
             shape = policy.shape(held)
             assert shape in ready and shape.drafts <= held
-            policy.learn(shape, [chance.randint(1, shape.drafts)])
+            policy.learn(shape, came(shape, chance))
             held = shape.masks if shape.proposals else 1
             taken.add(shape)
     assert taken == ready
@@ -308,7 +402,7 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)
         for step in range(1, REPLAN + 2):
-            policy.learn(Shape(1, (), 1), [1])
+            policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0]))
             assert len(looked) <= step * most
         assert set(looked) == set(plans)
         assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)
@@ -321,11 +415,11 @@ def test_measured_times_are_usable(qwen3: Model) -> None:
 
 
 def test_what_does_not_go_together_is_refused(qwen3: Model) -> None:
-    for wrong in ({"proposals": [1]}, {"beta": 0.5}, {"acceptance": "ratio"}):
+    for wrong in ({"proposals": 1}, {"beta": 0.5}, {"acceptance": "ratio"}):
         with pytest.raises(TidarError, match="method 'auto'"):
             qwen3.generate(PROMPTS, method="auto", **wrong)
     with pytest.raises(TidarError, match="method 'linear' takes no proposals"):
-        qwen3.generate(PROMPTS, method="linear", proposals=[1])
+        qwen3.generate(PROMPTS, method="linear", proposals=1)
     with pytest.raises(TidarError, match="method 'fast' is unknown: use one of ar, tidar, linear, auto"):
         qwen3.generate(PROMPTS, method="fast")  # type: ignore[arg-type]
 

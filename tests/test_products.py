@@ -171,18 +171,25 @@ def test_a_norm_between_two_products(case: Case, tiles: ProductTiles | None) -> 
     assert agree(out, exact(twin.norm_linear, given | {"rows": rows}), case.dtype)
 
 
-def test_a_norm_of_what_was_normed() -> None:
-    x, weight, gate = (
-        torch.randn(5, 48, device=DEVICE),
-        torch.randn(48, device=DEVICE),
-        torch.randn(20, 48, device=DEVICE),
-    )
-    squares = torch.full((1, 5), torch.nan, device=DEVICE)
-    made = rowwise.norm(x, weight, eps=1e-2, squares=squares)
-    torch.testing.assert_close(squares[0], made.pow(2).sum(1))
-    given: dict[str, Any] = {"x": made, "norm": torch.ones_like(weight), "weight": gate, "eps": 1e-2}
-    out = products.norm_linear(**given, ready=Ready(made, squares), tiles=FEW)
-    assert agree(out, exact(twin.norm_linear, given), torch.float32)
+@pytest.mark.parametrize("left", ["sums", "normed", "nothing"])
+@pytest.mark.parametrize("tiles", [FEW, replace(FEW, splits=2), None], ids=["whole", "split", "cublas"])
+def test_a_norm_of_what_was_normed(tiles: ProductTiles | None, left: str) -> None:
+    """Whoever divides by the first norm's sums divides by its own too; others norm in a launch."""
+    x, weight, gate = (torch.randn(*size, device=DEVICE) for size in ((37, 64), (64,), (20, 64)))
+    weight *= 0.1  # what the first norm makes is small, so that the second one's epsilon counts
+    given: dict[str, Any] = {"x": x, "norm": weight, "weight": gate, "eps": 1e-2, "again": 3e-2}
+    wanted = exact(twin.norm_linear, given)
+    once = exact(twin.norm_linear, given | {"again": None})
+    assert not agree(once, wanted, torch.float32)
+    ready = {
+        "sums": Ready(x * weight, x.pow(2).sum(1)[None].contiguous()),
+        "normed": Ready(rowwise.norm(x, weight, eps=1e-2), None),
+        "nothing": None,
+    }[left]
+    assert agree(products.norm_linear(**given, ready=ready, tiles=tiles), wanted, torch.float32)
+    rows = torch.tensor([30, 2, 2, 0], dtype=torch.int32, device=DEVICE)
+    out = products.norm_linear(**given, ready=ready, tiles=tiles, rows=rows)
+    assert agree(out, wanted[rows.long()], torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -447,10 +454,10 @@ for rows in (1, 16, 32, 64, 256):
         given = dict(squares=not add, rows=chosen, into=into, bias=name == "qkv", part=split, arrived=split)
         given |= dict.fromkeys(("norm", "scaled", "squared"), add and not into)
         fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(scale=None)
-        fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
+        fixed |= dict(ADD=add, TWICE=name == "head" and rows > 1, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
         names = product.arg_names
         types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16")
-        types |= dict(rows="*i64", into="*i32", eps="fp32")
+        types |= dict(rows="*i64", into="*i32", eps="fp32", again="fp32")
         types |= dict.fromkeys(("squares", "squared", "part"), "*fp32") | dict(arrived="*i32")
         types |= dict(out="*fp32" if name == "head" else "*bf16")
         types |= dict.fromkeys(fixed, "constexpr")

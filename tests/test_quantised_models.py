@@ -152,7 +152,7 @@ def test_floors_and_latencies_know(converted: Callable[[str], Path], monkeypatch
     weights = [w for layer in lean.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)] + [lean.head]
     whole = Engine(load_model(converted("qwen3"), dtype="float32"), plain=True).network.lean
     rate = Rates(bandwidth=4e12, matmul=8e14)
-    one, other = (floor(each, Shape(1, (), 1), 1, 10, rate) for each in (lean, whole))
+    one, other = (floor(each, Shape(1, 0, 1), 1, 10, rate) for each in (lean, whole))
     rows = sum(len(w) for w in weights)
     assert other.bytes - one.bytes == 3 * sum(w.numel() for w in weights) - 4 * rows and other.flops == one.flops
     assert Latency(narrow).path != Latency(whole.core).path

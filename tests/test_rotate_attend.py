@@ -88,13 +88,12 @@ def one_by_one(
     case: Turned, given: dict[str, Any], turn: Callable[..., Any], attend: Callable[..., Tensor], **more: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of two functions."""
-    now, step = cloned(given), case.step
-    place = [*range(step.causal), *(n + m for n in step.levels for m in range(step.block))]
-    offsets = torch.tensor(place, dtype=torch.int32, device=DEVICE)
+    now = cloned(given)
     names = ("heads", "q_norm", "k_norm", "cos", "sin")
     cache = [now[n] for n in (*STORES, "block_table", "lengths")]
-    heads = turn(*(now[n] for n in names), offsets, *cache, now["counts"], eps=EPS)
-    out = attend(*heads, *cache, now["levels"], sinks=now["sinks"], **case.step.options, **more)
+    levels = now["levels"]
+    heads = turn(*(now[n] for n in names), *cache, now["counts"], levels, eps=EPS, causal=case.step.causal)
+    out = attend(*heads, *cache, levels, sinks=now["sinks"], **case.step.options, **more)
     return out, now["k_pages"], now["v_pages"]
 
 
@@ -138,6 +137,7 @@ CASES = {
     "every count": Turned(Case(lengths=(0, 14, 15, 16, 37)), counts=(0, 1, 2, 3, 4)),
     "k=3": Turned(Case(3, 3, (1, 2, 3), lengths=(48, 2)), counts=(3, 1), normed=False),
     "k=8": Turned(Case(8, 8, (1, 2, 3, 4, 5, 6, 7, 8), lengths=(20,), heads=1, group=4), counts=(8,)),
+    "levels of each row": Turned(Case(8, 8, (2, 7), apart=True, lengths=(15, 0, 17)), counts=(8, 3)),
     "verification": Turned(Case(5, 0, (), lengths=(0, 31, 33)), counts=(5,)),
     "draft forward": Turned(Case(3, 7, (3,), lengths=(0, 64)), counts=(3, 2), normed=False),
     "more causal tokens than a tile": Turned(
@@ -153,6 +153,7 @@ CASES = {
     "tiles across pages": Turned(Case(lengths=(100, 3), tiles=Tiles(64, 64, 2, 4, 2))),
     "window within the step": Turned(Case(8, 8, (1, 5), window=3, lengths=(18,)), counts=(8,)),
     "positions end": Turned(Case(lengths=(20, 37)), positions=39),
+    "positions end in one row": Turned(Case(levels=(0, 2, 3), apart=True, lengths=(34, 35)), positions=39),
     "D=80": Turned(Case(width=80, lengths=(16, 3)), normed=False),
     "everything": Turned(
         Case(window=30, softcap=10.0, sinks=True, width=96, group=3, lengths=(50, 7), page=64), counts=(4, 3)
@@ -188,6 +189,7 @@ def test_one_launch_is_two_anywhere(data: st.DataObject) -> None:
         causal=causal,
         block=pick(1, 3, 4, 9) if levels else 0,
         levels=levels,
+        apart=pick(False, True),
         lengths=tuple(data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=2))),
         heads=pick(1, 2),
         group=pick(1, 3, 4),
@@ -228,15 +230,19 @@ def test_norms_round_as_the_twin_does() -> None:
 # --- planted faults ---
 
 
-@pytest.mark.parametrize("fault", ["a position", "a level", "a count", "the sine", "a weight", "another row's key"])
+@pytest.mark.parametrize(
+    "fault", ["a position", "a level", "another row's levels", "a count", "the sine", "a weight", "another row's key"]
+)
 def test_a_fault_is_caught(fault: str) -> None:
-    case = Turned(Case(lengths=(20, 37)), counts=(3, 4))
+    case = Turned(Case(levels=(1, 2, 3), apart=True, lengths=(20, 37)), counts=(3, 4))
     given = case.tensors()
     mine, wanted = at_once(case, given), exact(case, given)
     if fault == "a position":
         given["cos"], given["sin"] = given["cos"].roll(1, 0), given["sin"].roll(1, 0)
     elif fault == "a level":
-        given["levels"][1] += 1
+        given["levels"][0, 1] += 1
+    elif fault == "another row's levels":
+        given["levels"] = given["levels"][0]
     elif fault == "a count":
         given["counts"][0] -= 1
     elif fault == "the sine":
@@ -292,7 +298,7 @@ def test_steps_take_one_launch_and_prompts_two(converted: Callable[[str], Path])
     kernels = vars(engine.network.ops)
     engine.network.ops = SimpleNamespace(**kernels | {name: spied(name, kernels[name]) for name in names})
     params = [SamplingParams(max_new_tokens=6)]
-    list(generation.generate(engine.core, [[1, 2, 3]], params, lambda: FastDecoder(engine, Fixed(2, (1, 2))), 1))
+    list(generation.generate(engine.core, [[1, 2, 3]], params, lambda: FastDecoder(engine, Fixed(2, 2)), 1))
     prompts = {name for name, queries in seen if queries >= PIECES[0]}
     steps = {name for name, queries in seen if queries < PIECES[0]}
     assert (prompts, steps) == ({"rotate", "attend"}, {"rotate_attend"})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from picking import steered, subset
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, rms_norm, silu
 from train_data import config, gradients, pack, plain_logits, write_text
@@ -83,9 +84,13 @@ def test_the_text_does_not_change(family: str, options: dict[str, float], conver
     for k in (1, 2, 3, 8):
         two = model.generate(PROMPTS, params, draft_len=k, method="linear")
         assert [c.token_ids for c in two] == expected, f"linear, k = {k}"
-        for proposals in (None, [1], [k]):
+        for proposals in sorted({1, (k + 1) // 2, k}):
             found = model.generate(PROMPTS, params, draft_len=k, proposals=proposals)
-            assert [c.token_ids for c in found] == expected, f"k = {k}, proposals {proposals}"
+            assert [c.token_ids for c in found] == expected, f"k = {k}, {proposals} proposals"
+        for level in (1, k):
+            with steered(subset(level)):
+                found = model.generate(PROMPTS, params, draft_len=k, proposals=1)
+            assert [c.token_ids for c in found] == expected, f"k = {k}, proposal {level}"
 
 
 def test_each_draft_knows_the_one_before(model: CausalLM) -> None:

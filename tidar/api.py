@@ -21,8 +21,8 @@ from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import MOST, Engine
-from tidar.layout import all_proposals, check_proposals
 from tidar.model import CausalLM
+from tidar.proposals import check_proposals
 
 __all__ = ["Method", "Model", "load"]
 
@@ -68,7 +68,7 @@ class Model:
         *,
         method: Method | None = None,
         draft_len: int | None = None,
-        proposals: Sequence[int] | None = None,
+        proposals: int | None = None,
         acceptance: Acceptance = "gumbel",
         beta: float = 1.0,
         batch_size: int = 8,
@@ -82,7 +82,8 @@ class Model:
                 ``auto`` chooses among them, and draft lengths and proposals, by what steps take on this machine. By
                 default ``auto``, or ``tidar`` if one of the following is given.
             draft_len: drafts a step, or the most for ``auto``; by default the longest the model was trained for.
-            proposals: numbers of accepted drafts to draft ahead for, among 1 … draft_len; all by default.
+            proposals: for how many numbers of accepted drafts to draft ahead, among 1 … draft_len: the likeliest ones,
+                picked anew in every step; all by default.
             acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
             beta: below 1 trusts the drafts and is lossy.
             batch_size: prompts decoded at a time.
@@ -104,7 +105,7 @@ class Model:
         *,
         method: Method | None = None,
         draft_len: int | None = None,
-        proposals: Sequence[int] | None = None,
+        proposals: int | None = None,
         acceptance: Acceptance = "gumbel",
         beta: float = 1.0,
         batch_size: int = 8,
@@ -142,7 +143,7 @@ class Model:
         self,
         method: Method | None,
         draft_len: int | None,
-        proposals: Sequence[int] | None,
+        proposals: int | None,
         acceptance: Acceptance,
         beta: float,
     ) -> Callable[[], Decoder]:
@@ -181,15 +182,13 @@ class Model:
             return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
         return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)
 
-    def _fast_maker(
-        self, engine: Engine, method: Method, length: int, proposals: Sequence[int] | None
-    ) -> Callable[[], Decoder]:
+    def _fast_maker(self, engine: Engine, method: Method, length: int, proposals: int | None) -> Callable[[], Decoder]:
         if method == "auto":
             return lambda: FastDecoder(engine, Planning(length, list(plan.few(length)), self._acceptance))
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
-        chosen = check_proposals(length, all_proposals(length) if proposals is None else proposals)
-        return lambda: FastDecoder(engine, Fixed(length, chosen if length > 1 else ()))
+        chosen = check_proposals(length, proposals)
+        return lambda: FastDecoder(engine, Fixed(length, chosen if length > 1 else 0))
 
 
 def load(

@@ -80,8 +80,8 @@ class Decoding:
     `auto`, or `tidar` if one of the following is given."""
     draft_len: Annotated[int | None, arg(metavar="K")] = None
     """Drafts a step; by default the longest the model was trained for."""
-    proposals: Annotated[tuple[int, ...] | None, arg(metavar="J …")] = None
-    """Numbers of accepted drafts to draft ahead for, among 1 … K; all by default."""
+    proposals: Annotated[int | None, arg(metavar="P")] = None
+    """For how many numbers of accepted drafts to draft ahead, among 1 … K: the likeliest ones; all by default."""
     acceptance: Literal["gumbel", "ratio"] = "gumbel"
     """`ratio` is the min(1, p/q) rule: the same distribution, other tokens."""
     beta: float = 1.0

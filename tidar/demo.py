@@ -87,10 +87,10 @@ class Drafting:
     """How TiDAR drafts; it changes the speed, never the text."""
 
     draft_len: int
-    proposals: tuple[int, ...]
+    proposals: int
 
     def __str__(self) -> str:
-        kept = "all" if len(self.proposals) == self.draft_len else ", ".join(map(str, self.proposals))
+        kept = "all" if self.proposals == self.draft_len else self.proposals
         return f"draft length {self.draft_len}, proposals {kept}"
 
 
@@ -159,7 +159,7 @@ def run(
 
 
 def candidates(longest: int, *, captured: bool = False) -> Iterator[Drafting]:
-    """Draft lengths up to ``longest``, each with all proposals or with a few.
+    """Draft lengths up to ``longest``, each with few proposals, or with all.
 
     Every proposal costs k queries: nearly free on a GPU, dear on a CPU. Where steps are captured each kind of step has
     to be compiled first, so there are few.
@@ -170,12 +170,9 @@ def candidates(longest: int, *, captured: bool = False) -> Iterator[Drafting]:
                 yield Drafting(draft_len=plan.draft_len, proposals=plan.proposals)
         return
     for k in sorted({k for k in (2, 3, 4, 6, 8, 12, 16) if k <= longest} | {longest}):
-        if k <= 8:
-            yield Drafting(draft_len=k, proposals=tuple(range(1, k + 1)))
-        for some in ((1, 3), (1, 2, 3), (1, 2, 4, 8, 16)):
-            proposals = tuple(j for j in some if j <= k)
-            if len(proposals) < k:
-                yield Drafting(draft_len=k, proposals=proposals)
+        for count in sorted({1, 2, 3, k} if k <= 8 else {1, 2, 3}):
+            if count <= k:
+                yield Drafting(draft_len=k, proposals=count)
 
 
 def fastest(model: Model) -> Drafting:

@@ -29,7 +29,7 @@ from torch import Tensor
 from tidar.errors import TidarError
 
 __all__ = [
-    "Layout", "all_proposals", "causal", "check_proposals", "masks", "packed", "prefill", "rollout", "step", "training",
+    "Layout", "causal", "masks", "packed", "prefill", "rollout", "step", "training",
 ]  # fmt: skip
 
 
@@ -137,58 +137,55 @@ def prefill(
     )
 
 
-def all_proposals(k: int) -> tuple[int, ...]:
-    return tuple(range(1, k + 1))
-
-
-def check_proposals(k: int, proposals: Sequence[int]) -> tuple[int, ...]:
-    """Sorted, distinct proposals within 1…k; `TidarError` otherwise."""
-    chosen = tuple(sorted(set(proposals)))
-    if k < 1:
-        raise TidarError(f"draft length must be at least 1, not {k}")
-    if chosen and not 1 <= chosen[0] <= chosen[-1] <= k:
-        raise TidarError(f"proposals must lie between 1 and the draft length {k}, not {list(proposals)}")
-    return chosen
-
-
 def step(
     lengths: Sequence[int],
     k: int,
-    proposals: Sequence[int] | None = None,
+    levels: Tensor | Sequence[int] | None = None,
     masks: int | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> Layout:
-    """``[d_1 … d_k | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3: ``k(k+1)`` queries, M = k).
+    """``[d_1 … d_k | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3 has ``k(k+1)`` queries).
 
-    Proposal j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+M-1, see the prefix
-    and d_1 … d_j, and each other. Read are all drafts and, of each proposal, all masks but the first: the token
-    after the last accepted draft is the autoregressive one.
+    A proposal of level j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+M-1, see
+    the prefix and d_1 … d_j, and each other. Read are all drafts and, of each proposal, all masks but the first: the
+    token after the last accepted draft is the autoregressive one.
 
     Args:
         lengths: committed tokens of each row, P.
         k: drafts.
-        proposals: which of 1 … k to draft for, ascending; all by default.
+        levels: which of 1 … k to draft for, (B, P) integers or the same for all rows; all by default. A tensor's values
+            are not checked.
         masks: M, of a proposal; as many as drafts by default.
+
+    Raises:
+        TidarError: no drafts, or levels outside 1 … k.
     """
     width = k if masks is None else masks
-    chosen = check_proposals(k, all_proposals(k) if proposals is None else proposals)
+    if k < 1:
+        raise TidarError(f"draft length must be at least 1, not {k}")
+    if levels is None:
+        levels = range(1, k + 1)
+    if not isinstance(levels, Tensor):
+        if not all(1 <= level <= k for level in levels):
+            raise TidarError(f"levels must lie between 1 and the draft length {k}, not {list(levels)}")
+        levels = torch.tensor(list(levels), dtype=torch.long, device=device)
     base = torch.tensor(lengths, device=device)[:, None]
-    draft = torch.arange(k, device=device)
-    accepted = torch.tensor(chosen, dtype=torch.long, device=device).repeat_interleave(width)
-    place = torch.arange(width, device=device).repeat(len(chosen))
-    queries = k + len(accepted)
+    draft = torch.arange(k, device=device).expand(len(lengths), k)
+    accepted = levels.expand(len(lengths), levels.shape[-1]).repeat_interleave(width, 1)
+    place = torch.arange(width, device=device).repeat(levels.shape[-1])
+    queries = k + accepted.shape[1]
     slots = base + torch.arange(queries, device=device)
-    block_first = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place], 1)
-    block_end = torch.cat([torch.zeros_like(draft).expand(len(lengths), k), slots[:, k:] - place + width], 1)
-    read_masks = k + torch.arange(len(accepted), device=device).view(len(chosen), width)[:, 1:].reshape(-1)
+    block_first = torch.cat([torch.zeros_like(draft), slots[:, k:] - place], 1)
+    block_end = torch.cat([torch.zeros_like(draft), slots[:, k:] - place + width], 1)
+    read_masks = torch.arange(k, queries, device=device)[place > 0]
     return Layout(
-        positions=base + torch.cat([draft, accepted + place]),
+        positions=base + torch.cat([draft, accepted + place], 1),
         slots=slots,
-        causal=_run(0, base + torch.cat([draft + 1, accepted]), slots.shape),
+        causal=_run(0, base + torch.cat([draft + 1, accepted], 1), slots.shape),
         block=torch.stack([block_first, block_end], -1),
         clean=k,
-        rows=torch.cat([draft, read_masks]),
+        rows=torch.cat([draft[0], read_masks]),
         kv_len=max(lengths) + queries,
     )
 

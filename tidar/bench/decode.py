@@ -25,7 +25,6 @@ from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
-from tidar.layout import all_proposals
 from tidar.model import CausalLM
 
 __all__ = ["Outcome", "methods", "run"]
@@ -54,12 +53,11 @@ def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
     among them: the longest draft with all proposals."""
     k = draft_len
     found: dict[str, Callable[[], Policy]] = {"ar": Autoregressive}
-    for plan in [Plan("tidar", k, all_proposals(k)), *list(few(k))[1:]]:
+    for plan in [Plan("tidar", k, k), *list(few(k))[1:]]:
         if plan.method == "linear":
             found[f"linear k={plan.draft_len}"] = lambda n=plan.draft_len: Alternating(n)  # type: ignore[misc]
         else:
-            count = len(plan.proposals)
-            name = f"tidar k={plan.draft_len}, {count} proposal{'s' * (count > 1)}"
+            name = f"tidar k={plan.draft_len}, {plan.proposals} proposal{'s' * (plan.proposals > 1)}"
             found[name] = lambda n=plan.draft_len, p=plan.proposals: Fixed(n, p)  # type: ignore[misc]
     seen = Acceptance()  # as decoders of one model share it
     found["auto"] = lambda: Planning(k, list(few(k)), seen)

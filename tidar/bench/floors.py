@@ -70,8 +70,8 @@ def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) ->
     queries = rows * shape.queries
     read = rows * (shape.drafts + (shape.masks - 1 if shape.proposals else 0))
     token = 2 * len(layers) * lean.kv_heads * lean.head_dim * number
-    k, p, m = shape.drafts, len(shape.proposals), shape.masks
-    own = k * (k + 1) / 2 + sum(m * (level + m) for level in shape.proposals)
+    k, p, m = shape
+    own = k * (k + 1) / 2 + p * m * ((k + 1) / 2 + m)  # whichever are drafted for: the mean level
     attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * (k + p * m) + own)
     moved = held + number * queries * width + token * rows * (prefix + k)
     flops = 2.0 * weights * queries + 2.0 * head * read + attention

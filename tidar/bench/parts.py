@@ -66,7 +66,7 @@ def _parts(engine: Engine, slots: Slots, count: int, prefix: int) -> dict[str, C
     sizes = 1, count, lean.heads, lean.kv_heads, lean.head_dim, 2 * prefix
     layout = StepLayout(
         causal=count,
-        offsets=torch.arange(count, dtype=torch.int32, device=device),
+        queries=count,
         levels=torch.empty(0, dtype=torch.long, device=device),
         counts=torch.zeros(1, dtype=torch.int32, device=device),
         lengths=slots.lengths,

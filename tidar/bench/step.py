@@ -24,7 +24,6 @@ from tidar.fast import obstacle
 from tidar.fast.engine import Engine
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags
-from tidar.layout import all_proposals
 from tidar.model import CausalLM
 
 __all__ = ["add_adapters", "at_rest", "model_of", "run", "step_shapes"]
@@ -37,13 +36,13 @@ def step_shapes(draft_len: int) -> dict[str, Shape]:
     fewer and fewer proposals."""
     k = draft_len
     found = {
-        "ar": Shape(1, (), 1),
-        "verify": Shape(k, (), k),
-        "draft": Shape(1, (1,), k),
-        "tidar": Shape(k, all_proposals(k), k),
+        "ar": Shape(1, 0, 1),
+        "verify": Shape(k, 0, k),
+        "draft": Shape(1, 1, k),
+        "tidar": Shape(k, k, k),
     }
-    for count in sorted({k - 1, k // 2, k // 4, 1} - {0}, reverse=True):
-        found[f"tidar, {count} proposal{'s' * (count > 1)}"] = Shape(k, all_proposals(count), k)
+    for count in sorted({k - 1, k // 2 - 1, k // 4 - 1, 2, 1} & set(range(1, k)), reverse=True):
+        found[f"tidar, {count} proposal{'s' * (count > 1)}"] = Shape(k, count, k)
     return found
 
 

@@ -25,5 +25,5 @@ class LinearDecoder(TidarDecoder):
     """
 
     def __init__(self, model: CausalLM, *, draft_len: int, acceptance: Acceptance = "gumbel") -> None:
-        super().__init__(model, draft_len=draft_len, proposals=(), acceptance=acceptance)
+        super().__init__(model, draft_len=draft_len, acceptance=acceptance)
         self.policy = Alternating(draft_len)

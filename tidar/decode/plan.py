@@ -6,13 +6,11 @@ followed (`tidar.decode.policy`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tidar.layout import all_proposals
-
-__all__ = ["AR", "SINGLE", "Plan", "Shape", "candidates", "few", "shapes"]
+__all__ = ["AR", "SINGLE", "Outcome", "Plan", "Shape", "candidates", "few", "shapes"]
 
 
 class Shape(NamedTuple):
@@ -20,22 +18,29 @@ class Shape(NamedTuple):
 
     drafts: int
     """K, the certain token among them."""
-    proposals: tuple[int, ...]
+    proposals: int
+    """P, which are those of the likeliest outcomes (`tidar.proposals`)."""
     masks: int
     """M, of each proposal."""
 
     @property
     def queries(self) -> int:
         """L."""
-        return self.drafts + len(self.proposals) * self.masks
-
-    @property
-    def kept(self) -> list[int]:
-        """For n = 0 … K accepted drafts the index of the largest proposal up to n, or -1."""
-        return [max((i for i, j in enumerate(self.proposals) if j <= n), default=-1) for n in range(self.drafts + 1)]
+        return self.drafts + self.proposals * self.masks
 
 
-SINGLE = Shape(1, (), 1)
+class Outcome(NamedTuple):
+    """What a step came to, in each row."""
+
+    accepted: Sequence[int]
+    """Drafts that stand, 1 … K."""
+    behind: Sequence[int]
+    """How far into their block of masks the next drafts begin: 0 if this outcome was drafted for, M if none serves."""
+    places: Sequence[int]
+    """Of this outcome, from 0, when the likeliest come first (`tidar.proposals.ranks`)."""
+
+
+SINGLE = Shape(1, 0, 1)
 """An autoregressive step."""
 
 
@@ -46,12 +51,12 @@ class Plan:
     Attributes:
         method: ``ar``, ``linear`` or ``tidar``.
         draft_len: K, tokens verified together; also the masks of a proposal.
-        proposals: of ``tidar``.
+        proposals: P, of ``tidar``.
     """
 
     method: str
     draft_len: int = 1
-    proposals: tuple[int, ...] = ()
+    proposals: int = 0
 
 
 AR = Plan("ar")
@@ -63,7 +68,7 @@ def shapes(plan: Plan) -> list[Shape]:
     if plan.method == "ar" or k == 1:
         return [SINGLE]
     if plan.method == "linear":
-        return [Shape(k, (), k), Shape(1, (1,), k)]
+        return [Shape(k, 0, k), Shape(1, 1, k)]
     return [Shape(k, plan.proposals, k)]
 
 
@@ -72,24 +77,20 @@ def candidates(longest: int) -> Iterator[Plan]:
     yield AR
     for k in sorted({k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= longest} | ({longest} - {1})):
         yield Plan("linear", k)
-        some = {all_proposals(k), (1,), (1, 2), (1, 2, 3), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6, 8, 12, 16)}
-        for proposals in sorted({tuple(j for j in chosen if j <= k) for chosen in some}):
-            yield Plan("tidar", k, proposals)
+        for count in sorted({min(count, k) for count in (1, 2, 3, 5, 8, k)}):
+            yield Plan("tidar", k, count)
 
 
 def few(longest: int) -> Iterator[Plan]:
     """The plans among which most is decided, where each costs seconds to make ready (`tidar.fast`).
 
-    All proposals but the last make k · k queries, which fill tiles; the last one pays only where all drafts stand, and
-    costs a tile more. The first one alone makes 2 · k queries, the fewest that still draft in every step: what its
-    block says of later places serves wherever the drafts end.
+    One proposal fewer than a half, a quarter, … of the drafts fills tiles: 15, 7, 3 and 1 of 16 drafts make 256, 128,
+    64 and 32 queries. The shortest drafts have room for nearly all.
     """
     yield AR
     for k in sorted({longest, longest // 2, longest // 4} - {0, 1}, reverse=True):
-        some = {k - 1, k // 2, k // 4, 1} if k == longest else {k - 1, min(3, k - 1), 1}
-        if k == longest // 4:
-            some -= {1}
-        for count in sorted(some - {0}, reverse=True):
-            yield Plan("tidar", k, all_proposals(count))
+        some = {k - 1} if k == longest // 4 else {k - 1, k // 2 - 1, k // 4 - 1, k // 8 - 1}
+        for count in sorted((some | ({2} if k == longest > 2 else set())) - {-1, 0}, reverse=True):
+            yield Plan("tidar", k, count)
         if k > longest // 4:
             yield Plan("linear", k)

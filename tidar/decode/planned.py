@@ -49,7 +49,7 @@ class PlannedDecoder(TidarDecoder):
         self._drafts = self._drafts[:, : shape.drafts]
         begin = time.perf_counter()
         certain = super().step()
-        self.policy.learn(shape, [len(new) for new in certain], time.perf_counter() - begin)
+        self.policy.learn(shape, self.outcome, time.perf_counter() - begin)
         return certain
 
     def select(self, rows: list[int]) -> None:

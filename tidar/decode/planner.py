@@ -4,11 +4,12 @@ What a plan yields is arithmetic: from how often drafts are accepted a small Mar
 commits; from the time that steps take, tokens a second follow. Both are learned while decoding, the times from a prior
 measured once. By the contract no choice changes a token.
 
-Drafts behind a pruned proposal are the *tail* of a lower one's block, whose masks saw fewer drafts; others are *fresh*.
-A tail begins behind a draft that was wrong, so it stands less often, wherever in its block it begins. And where none of
-the last drafts stood the next ones seldom do, which plans meet unequally: with one proposal no other drafts are fresh.
-So what is learned is how often the first, second, … draft behind the certain token stood, of three kinds of drafts:
-fresh ones behind a step of which no draft stood, other fresh ones, and tails.
+An outcome that was not drafted for leaves the *tail* of a lower proposal's block, whose masks saw fewer drafts, or no
+drafts at all; other drafts are *fresh*. How often the P likeliest of K outcomes cover the one that comes is learned
+too. A tail begins behind a draft that was wrong, so it stands less often, wherever in its block it begins. And where
+none of the last drafts stood the next ones seldom do, which plans meet unequally. So what is learned is how often the
+first, second, … draft behind the certain token stood, of three kinds of drafts: fresh ones behind a step of which no
+draft stood, other fresh ones, and tails.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ PRIOR = 0.7, 2.0
 """Acceptance believed before anything is seen, and the number of observations that belief is worth."""
 TAIL, MOST = 0.9, 0.97
 """What a draft of a tail is believed to be worth of a fresh one, before either is seen; and of any, at most."""
+COVER = 7.0
+"""Believed before anything is seen: an outcome is not among a share x of all, the likeliest, as often as (1 - x) to
+this power. So the first of eight covers 61 %, and the first of sixteen 36 %."""
+GRID = np.linspace(0, 1, 65)
+"""Shares of all outcomes at which it is counted how often they covered."""
 KINDS = 3
 FELL, FRESH, TAILS = range(KINDS)
 """Kinds of drafts: fresh ones behind a step of which none stood, other fresh ones, and tails."""
@@ -53,6 +59,9 @@ class Acceptance:
     def __init__(self) -> None:
         # Of each kind how often each draft was compared, and below, how often it stood; none is at place 0.
         self._told: Rates = np.zeros((2 * KINDS, 1))
+        # How often an outcome was among the likeliest, at each share of them, and how many there were.
+        self._covered: Rates = PRIOR[1] * (1 - (1 - GRID) ** COVER)
+        self._placed = PRIOR[1]
 
     def update(self, kinds: Counts, counts: Counts, accepted: Counts) -> None:
         """Take what one step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
@@ -73,6 +82,20 @@ class Acceptance:
         met = behind[:KINDS, 0] > 0
         self._told *= np.where(np.concatenate([met, met]), FORGET, STALE)[:, None]
         self._told[:, 1:most] += behind[:, 2:]
+
+    def placed(self, drafts: int, places: Counts) -> None:
+        """Take the places (R,), from 0, that outcomes had among ``drafts`` when the likeliest came first.
+
+        They are spread over shares of all outcomes, so that what was seen with one draft length serves the others.
+        """
+        self._covered = FORGET * self._covered + (GRID * drafts - places[:, None]).clip(0, 1).sum(0)
+        self._placed = FORGET * self._placed + len(places)
+
+    def covered(self, plan: Plan) -> float:
+        """How often an outcome is among those that a plan drafts for."""
+        if plan.method != "tidar" or plan.proposals >= plan.draft_len:
+            return 1.0
+        return float(np.interp(plan.proposals / plan.draft_len, GRID, self._covered)) / self._placed
 
     def rates(self, longest: int) -> Rates:
         """(3, longest) probabilities, of fresh drafts where the last ones fell, of others, and of tails; entry 0, the
@@ -97,12 +120,13 @@ class Acceptance:
         return rates
 
 
-def tokens_per_step(plan: Plan, rates: Rates) -> float:
+def tokens_per_step(plan: Plan, rates: Rates, covered: float = 1.0) -> float:
     """Tokens a step of ``plan`` commits on average, in the long run.
 
     Args:
         plan: the policy.
         rates: (3, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
+        covered: how often an outcome is drafted for, as of `Acceptance.covered`.
     """
     k = plan.draft_len
     if plan.method == "ar" or k == 1:
@@ -113,7 +137,8 @@ def tokens_per_step(plan: Plan, rates: Rates) -> float:
     kinds, there = _states(k)
     chain = np.zeros((k + 1, k + 1))
     chain[:, :k] = survive[kinds] * there
-    moves = (chain[:, :-1] - chain[:, 1:]) @ _moves(plan)
+    hit, missed = _moves(k, plan.proposals)
+    moves = (chain[:, :-1] - chain[:, 1:]) @ (covered * hit + (1 - covered) * missed)
     share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
     for _ in range(8):
         share = share @ share
@@ -129,10 +154,10 @@ def _states(k: int) -> tuple[Counts, NDArray[np.bool_]]:
     return kinds, np.add.outer(begins, np.arange(k)) < k
 
 
-def speed(plan: Plan, rates: Rates, seconds: Callable[[Shape], float]) -> float:
-    """Tokens a second of ``plan``, where steps take so many ``seconds``."""
+def speed(plan: Plan, rates: Rates, covered: float, seconds: Callable[[Shape], float]) -> float:
+    """Tokens a second of ``plan``, where steps take so many ``seconds``; the rest as of `tokens_per_step`."""
     steps = shapes(plan)
-    return tokens_per_step(plan, rates) * len(steps) / sum(seconds(shape) for shape in steps)
+    return tokens_per_step(plan, rates, covered) * len(steps) / sum(seconds(shape) for shape in steps)
 
 
 def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
@@ -142,15 +167,23 @@ def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
 
 
 @cache
-def _moves(plan: Plan) -> Rates:
-    """(k, k + 1): which state (column) the next drafts are in if exactly n = 1 … k stand (row)."""
-    k = plan.draft_len
-    made = np.zeros((k, k + 1))
+def _moves(k: int, proposals: int) -> tuple[Rates, Rates]:
+    """Two of (k, k + 1): which state (column) the next drafts are in if exactly n = 1 … k stand (row), where that was
+    drafted for and where it was not.
+
+    Proposals that know nothing of n cut 1 … k into as many parts and one; below the lowest there are no drafts.
+    """
+    hit, missed = np.zeros((k, k + 1)), np.zeros((k, k + 1))
+    hit[0, 0] = 1
+    hit[1:, k] = 1
+    apart = max(1, round((k - proposals) / (proposals + 1)))
+    none = 1 / (proposals + 1)
     for n in range(1, k + 1):
-        level = n if plan.method == "linear" else max((j for j in plan.proposals if j <= n), default=None)
-        behind = k - 1 if level is None else min(n - level, k - 1)
-        made[n - 1, k if behind == 0 and n > 1 else behind] = 1
-    return made
+        tails = min(apart, n - 1)
+        missed[n - 1, k - 1] = none if tails else 1
+        for behind in range(1, tails + 1):
+            missed[n - 1, min(behind, k - 1)] += (1 - none) / tails
+    return hit, missed
 
 
 class Clock(Protocol):

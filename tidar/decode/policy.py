@@ -6,13 +6,12 @@ A policy sees how many drafts are at hand and how many were accepted; it never s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Protocol
 
 import numpy as np
 
-from tidar.decode.plan import AR, SINGLE, Plan, Shape, candidates
-from tidar.decode.planner import FELL, FRESH, TAILS, Acceptance, Clock, Counts, best, speed
+from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
+from tidar.decode.planner import FELL, FRESH, TAILS, Acceptance, Clock, best, speed
 
 __all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
@@ -39,8 +38,8 @@ class Policy(Protocol):
         """Of the next step, when ``held`` drafts are at hand, the certain token among them."""
         ...
 
-    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
-        """Take what a step accepted in each row, and its time if it is known."""
+    def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
+        """Take what a step came to, and its time if it is known."""
         ...
 
     def select(self, rows: Sequence[int]) -> None:
@@ -53,10 +52,10 @@ class Fixed:
 
     Args:
         draft_len: K, and the masks of a proposal.
-        proposals: ascending, among 1 … K; none with a draft length of 1.
+        proposals: P; none with a draft length of 1.
     """
 
-    def __init__(self, draft_len: int, proposals: tuple[int, ...]) -> None:
+    def __init__(self, draft_len: int, proposals: int) -> None:
         self._draft_len, self._proposals = draft_len, proposals
 
     def open(self, rows: int) -> int:
@@ -66,9 +65,9 @@ class Fixed:
         pass
 
     def shape(self, held: int) -> Shape:
-        return Shape(held, self._proposals, self._draft_len)
+        return Shape(held, min(held, self._proposals), self._draft_len)
 
-    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
+    def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
         pass
 
     def select(self, rows: Sequence[int]) -> None:
@@ -79,7 +78,7 @@ class Autoregressive(Fixed):
     """One token a forward."""
 
     def __init__(self) -> None:
-        super().__init__(1, ())
+        super().__init__(1, 0)
 
     def open(self, rows: int) -> int:
         return 0
@@ -89,12 +88,12 @@ class Alternating(Fixed):
     """Two forwards in turn: one drafts after the last certain token, one verifies."""
 
     def __init__(self, draft_len: int) -> None:
-        super().__init__(draft_len, ())
+        super().__init__(draft_len, 0)
 
     def shape(self, held: int) -> Shape:
         if held > 1 or self._draft_len == 1:
-            return Shape(held, (), self._draft_len)
-        return Shape(1, (1,), self._draft_len)
+            return Shape(held, 0, self._draft_len)
+        return Shape(1, 1, self._draft_len)
 
 
 class Planning:
@@ -145,7 +144,7 @@ class Planning:
         wanted = self._wanted(held)
         # After a change of plan the drafts at hand may be too few for what is ready: then they are dropped, and others
         # are made meanwhile.
-        return next(s for s in (wanted, Shape(1, (1,), self.plan.draft_len), SINGLE) if self.times.ready(s))
+        return next(s for s in (wanted, Shape(1, 1, self.plan.draft_len), SINGLE) if self.times.ready(s))
 
     def _wanted(self, held: int) -> Shape:
         plan = self.plan
@@ -153,26 +152,27 @@ class Planning:
             return SINGLE
         if plan.method == "ar":
             if held > 1:  # of the plan before, or to see whether drafts have become better
-                return Shape(held, (), held)
+                return Shape(held, 0, held)
             probing = self._idle >= PROBE and self._draft_len > 1
-            return Shape(1, (1,), self._draft_len) if probing else SINGLE
+            return Shape(1, 1, self._draft_len) if probing else SINGLE
         k = min(plan.draft_len, held)
         if k == 1:  # nothing is drafted
-            return Shape(1, (1,), plan.draft_len)
-        return Shape(k, tuple(j for j in plan.proposals if j <= k), plan.draft_len)
+            return Shape(1, 1, plan.draft_len)
+        return Shape(k, min(k, plan.proposals), plan.draft_len)
 
-    def learn(self, shape: Shape, accepted: Sequence[int], seconds: float | None = None) -> None:
+    def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
         if seconds is not None:
             self.times.update(shape, seconds)
-        n = np.asarray(accepted, dtype=np.int64)
+        n = np.asarray(outcome.accepted, dtype=np.int64)
         count = np.minimum(shape.drafts, self._block - self._behind) - 1
         tested = count > 0
         if tested.any():
             kinds = np.where(self._behind > 0, TAILS, np.where(self._fell, FELL, FRESH))
             self.acceptance.update(kinds[tested], count[tested], np.minimum(n - 1, count)[tested])
+            self.acceptance.placed(shape.drafts, np.asarray(outcome.places, dtype=np.int64)[tested])
             self._fell = np.where(tested, n == 1, self._fell)
         self._block = shape.masks
-        self._behind = _behind(shape)[n]
+        self._behind = np.asarray(outcome.behind, dtype=np.int64)
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
         if next(self._looking, None) is None:
             self._looking = self._look(-(-len(self._plans) // REPLAN))
@@ -184,14 +184,7 @@ class Planning:
         """Look at ``share`` plans at a time, then follow the quickest."""
         rates, speeds = self.acceptance.rates(self._draft_len), {}
         for number, plan in enumerate(self._plans, 1):
-            speeds[plan] = speed(plan, rates, self.times)
+            speeds[plan] = speed(plan, rates, self.acceptance.covered(plan), self.times)
             if number % share == 0:
                 yield plan
         self.plan = best(speeds, self.plan)
-
-
-@cache
-def _behind(shape: Shape) -> Counts:
-    """(K + 1,), for n accepted drafts the offset of the certain token in the block that drafts what follows."""
-    levels = [max((j for j in shape.proposals if j <= n), default=None) for n in range(shape.drafts + 1)]
-    return np.array([shape.masks if j is None else n - j for n, j in enumerate(levels)], dtype=np.int64)

@@ -1,8 +1,9 @@
 """TiDAR: draft by one-step diffusion and verify autoregressively, in one forward (paper, section 3.2).
 
-Each step feeds the drafts d_1 … d_K and, for every number of drafts that may be accepted, a block of masks that drafts
-what would come next. d_1 is certain already. The autoregressive rows at the drafts give s_1 … s_K; the first n drafts
-stand, where n is the first place with s_n ≠ d_{n+1} (or K). Block n holds the next drafts, s_n is the next d_1.
+Each step feeds the drafts d_1 … d_K and, for every number of drafts that may be accepted or for the likeliest ones
+(`tidar.proposals`), a block of masks that drafts what would come next. d_1 is certain already. The autoregressive rows
+at the drafts give s_1 … s_K; the first n drafts stand, where n is the first place with s_n ≠ d_{n+1} (or K). Block n
+holds the next drafts, s_n is the next d_1.
 
 With shared noise (``acceptance="gumbel"``) s_j *is* the autoregressive sample at its position, so the text is token for
 token that of `ArDecoder`, whatever was drafted. ``"ratio"`` is the min(1, p/q) rule: the same distribution, other
@@ -12,7 +13,7 @@ tokens. ``beta`` below 1 mixes the draft's logits into s_j and is lossy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +21,25 @@ from torch import Tensor
 from tidar import layout
 from tidar.config import SamplingParams
 from tidar.decode.base import Rows
-from tidar.decode.plan import Shape
+from tidar.decode.plan import Outcome, Shape
 from tidar.decode.policy import Fixed, Policy
 from tidar.errors import TidarError
-from tidar.layout import check_proposals
 from tidar.model import CausalLM
+from tidar.proposals import chance, check_proposals, levels, ranks
 from tidar.sampling import accept_matching, accept_ratio, draft_ratio, sample, seen_after, trust
 
 __all__ = ["Acceptance", "TidarDecoder"]
 
 Acceptance = Literal["gumbel", "ratio"]
+
+
+class _Picked(NamedTuple):
+    """What a step drafts for."""
+
+    places: Tensor
+    """(B, K) of each outcome among the likeliest."""
+    levels: Tensor
+    """(B, P), ascending."""
 
 
 class TidarDecoder(Rows):
@@ -38,17 +48,22 @@ class TidarDecoder(Rows):
     Args:
         model: a converted model.
         draft_len: K, drafts checked and masks in a proposal.
-        proposals: the numbers of accepted drafts to draft for, among 1 … K; all by default.
+        proposals: P, for how many numbers of accepted drafts to draft, the likeliest ones; all K by default.
         acceptance: ``gumbel`` (the same tokens as autoregressive decoding) or ``ratio``.
         beta: weight of the autoregressive logits; 1 is exact, less is lossy (paper, section 3.2, "trust").
+
+    Attributes:
+        outcome: of the last step.
     """
+
+    outcome: Outcome
 
     def __init__(
         self,
         model: CausalLM,
         *,
         draft_len: int,
-        proposals: Sequence[int] | None = None,
+        proposals: int | None = None,
         acceptance: Acceptance = "gumbel",
         beta: float = 1.0,
     ) -> None:
@@ -58,14 +73,13 @@ class TidarDecoder(Rows):
         if acceptance == "ratio" and beta != 1:
             raise TidarError("acceptance 'ratio' is exact and takes no beta below 1: leave one of them out")
         # With one draft there is nothing to draft ahead: the next d_1 is the autoregressive token.
-        wanted = layout.all_proposals(draft_len) if proposals is None else proposals
-        self.proposals = check_proposals(draft_len, wanted if draft_len > 1 or beta < 1 else ())
+        chosen = check_proposals(draft_len, proposals)
+        self.proposals = chosen if draft_len > 1 or beta < 1 else 0
         self.draft_len = draft_len
         self.acceptance = acceptance
         self.beta = beta
         self.policy: Policy = Fixed(draft_len, self.proposals)
-        self._drafts = self._q = torch.empty(0, device=model.device)
-        self._levels: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._drafts = self._q = self._chances = torch.empty(0, device=model.device)
 
     def shape(self) -> Shape:
         """Of the next step."""
@@ -87,33 +101,41 @@ class TidarDecoder(Rows):
 
     def step(self) -> list[list[int]]:
         model, shape = self.model, self.shape()
-        plan = layout.step(self.cache.lengths, *shape, device=model.device)
+        picked = self._pick(shape)
+        plan = layout.step(self.cache.lengths, shape.drafts, picked.levels, shape.masks, device=model.device)
         hidden = model.hidden(plan.tokens(self._drafts, model.mask_id), plan, cache=self.cache)
         self.forwards += 1
-        accepted, follow = self._verify(hidden, shape)
+        accepted, follow = self._verify(hidden, shape, picked)
         counts: list[int] = accepted.tolist()
         drafts = torch.cat([self._drafts, follow], 1).tolist()
         certain = [d[1:n] + d[-1:] for d, n in zip(drafts, counts, strict=True)]
         self.cache.commit(counts)
         self.note(certain)
-        self._drafts = self._next_drafts(follow, *self._proposal(hidden[:, shape.drafts :], accepted, shape))
+        masks, made, behind = self._proposal(hidden[:, shape.drafts :], accepted, shape, picked)
+        self._drafts = self._next_drafts(follow, masks, made)
+        places = picked.places.gather(1, accepted[:, None] - 1)[:, 0]
+        self.outcome = Outcome(counts, behind.tolist(), places.tolist())
         return certain
 
     def select(self, rows: list[int]) -> None:
         super().select(rows)
         index = torch.tensor(rows, device=self._drafts.device)
-        self._drafts = self._drafts[index]
+        self._drafts, self._chances = self._drafts[index], self._chances[index]
         if self.acceptance == "ratio":
             self._q = self._q[index]
 
-    def _verify(self, hidden: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    def _pick(self, shape: Shape) -> _Picked:
+        places = ranks(self._chances[:, : shape.drafts - 1])
+        return _Picked(places, levels(places, shape.proposals))
+
+    def _verify(self, hidden: Tensor, shape: Shape, picked: _Picked) -> tuple[Tensor, Tensor]:
         """Accepted drafts (B,), and the autoregressive token (B, 1) after the last of them."""
         k = shape.drafts
         logits = self.model.head(hidden[:, :k])
         if self.beta < 1 and shape.proposals:
-            drafted = self._level(shape)[0] - 1
-            first = self.model.head(self.model.drafted(hidden[:, k :: shape.masks], self._drafts[:, drafted]))
-            logits[:, drafted] = trust(logits[:, drafted], first, self.beta)
+            drafted = torch.arange(len(logits), device=logits.device)[:, None], picked.levels - 1
+            first = self.model.head(self.model.drafted(hidden[:, k :: shape.masks], self._drafts[drafted]))
+            logits[drafted] = trust(logits[drafted], first, self.beta)
         positions = self.lengths[:, None] + torch.arange(1, k + 1, device=logits.device)
         seen = None if self.seen is None else seen_after(self.seen, self._drafts)
         if self.acceptance == "ratio":
@@ -123,59 +145,61 @@ class TidarDecoder(Rows):
         accepted = accept_matching(sampled, self._drafts)
         return accepted, sampled.gather(1, accepted[:, None] - 1)
 
-    def _level(self, shape: Shape) -> tuple[Tensor, Tensor]:
-        """The proposals (P,), and for n = 0 … K accepted drafts the index of the largest one up to n, or -1."""
-        key = shape.drafts, shape.proposals
-        if key not in self._levels:
-            device = self.model.device
-            self._levels[key] = torch.tensor(key[1] or (0,), device=device), torch.tensor(shape.kept, device=device)
-        return self._levels[key]
-
-    def _proposal(self, masks: Tensor, accepted: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    def _proposal(
+        self, masks: Tensor, accepted: Tensor, shape: Shape, picked: _Picked
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, M-1, D) that draft what follows, and which of them (B, M-1) were computed; none without
-        proposals.
+        proposals. And how far into their block (B,) they begin, M where there is none.
 
         If "exactly n accepted" was not drafted for, the nearest lower proposal that was serves with its tail: its
         masks stood at the same positions, seeing fewer drafts.
         """
         if not shape.proposals:
-            return masks, masks.new_zeros(masks.shape[:2], dtype=torch.bool)
-        level, kept = self._level(shape)
-        chosen = kept[accepted]
-        offset = torch.arange(1, shape.masks, device=masks.device) + (accepted - level[chosen])[:, None]
-        made = (offset < shape.masks) & (chosen >= 0)[:, None]
-        place = chosen.clamp(min=0)[:, None] * shape.masks + offset.clamp(0, shape.masks - 1)
-        return masks.gather(1, place[..., None].expand(-1, -1, masks.shape[-1])), made
+            behind = torch.full_like(accepted, shape.masks)
+            return masks, masks.new_zeros(masks.shape[:2], dtype=torch.bool), behind
+        block = (picked.levels <= accepted[:, None]).sum(1, keepdim=True) - 1
+        level = picked.levels.gather(1, block.clamp(min=0))[:, 0]
+        behind = torch.where(block[:, 0] >= 0, accepted - level, shape.masks)
+        offset = torch.arange(1, shape.masks, device=masks.device) + behind[:, None]
+        place = block.clamp(min=0) * shape.masks + offset.clamp(max=shape.masks - 1)
+        return masks.gather(1, place[..., None].expand(-1, -1, masks.shape[-1])), offset < shape.masks, behind
 
     def _next_drafts(self, first: Tensor, hidden: Tensor, made: Tensor) -> Tensor:
         """(B, 1 + R): the certain token, then drafts from mask states (B, R, D)."""
         count = hidden.shape[1]
         self._q = hidden.new_zeros(len(first), 0, self.model.vocab_size)  # of drafts that are gone
+        self._chances = hidden.new_zeros(len(first), 0, dtype=torch.float32)
         if count == 0:
             return first
         positions = self.lengths[:, None] + torch.arange(1, count + 1, device=first.device)
         # A transition wants the draft before, so its drafts are chosen one after another; else all at once.
         width = count if self.model.transition is None else 1
-        drafts, q = [first], []
+        drafts, q, chances = [first], [], []
         for part in (slice(at, at + width) for at in range(0, count, width)):
             states = hidden[:, part]
             if self.model.transition is not None:
                 states = self.model.drafted(states, drafts[-1])
-            chosen, probs = self._choose(states, made[:, part], positions[:, part])
+            chosen, probs, chance = self._choose(states, made[:, part], positions[:, part])
             drafts.append(chosen)
             q.append(probs)
+            chances.append(chance)
+        self._chances = torch.cat(chances, 1)
         if self.acceptance == "ratio":
             self._q = torch.cat(q, 1)
         return torch.cat(drafts, 1)
 
-    def _choose(self, states: Tensor, made: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Drafts (B, R) from states (B, R, D), and for "ratio" the probabilities (B, R, V) they were drawn from."""
+    def _choose(self, states: Tensor, made: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drafts (B, R) from states (B, R, D), for "ratio" the probabilities (B, R, V) they were drawn from, and what
+        `tidar.proposals` judges them by (B, R)."""
         seen = None if self.seen is None else self.seen[:, None]
-        scores = self.scores(self.model.head(states), seen)
+        logits = self.model.head(states)
+        scores = self.scores(logits, seen)
         # A draft nobody made is token 0 with certainty: any draft is exact, and "ratio" must know its q.
         absent = torch.full_like(scores[:1, :1], -torch.inf)
         absent[..., 0] = 0
         scores = torch.where(made[..., None], scores, absent)
         if self.acceptance == "ratio":
-            return draft_ratio(scores, self.params, positions)
-        return sample(scores, self.params, positions), scores
+            drafts, q = draft_ratio(scores, self.params, positions)
+        else:
+            drafts, q = sample(scores, self.params, positions), scores
+        return drafts, q, chance(logits, drafts) * made

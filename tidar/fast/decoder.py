@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tidar.config import SamplingParams
-from tidar.decode.plan import Shape
+from tidar.decode.plan import Outcome, Shape
 from tidar.decode.policy import Policy
 from tidar.errors import TidarError
 from tidar.fast.engine import ROWS, Engine
@@ -51,7 +51,7 @@ class FastDecoder:
         self._engine, self._policy, self._ahead = engine, policy, ahead
         self.forwards = 0
         self._flying: deque[_Flight] = deque()
-        self._read: deque[tuple[Shape, list[list[int]]]] = deque()
+        self._read: deque[tuple[Shape, Outcome, list[list[int]]]] = deque()
         self._slots: Slots
         self._rows: list[int] = []
         self._pages: list[list[int]] = []
@@ -82,16 +82,19 @@ class FastDecoder:
             while len(self._flying) < self._ahead:
                 self._launch()
             self._land()
-        shape, certain = self._read.popleft()
+        shape, outcome, certain = self._read.popleft()
         self.forwards += 1
-        self._policy.learn(shape, [len(new) for new in certain])
+        self._policy.learn(shape, outcome)
         return certain
 
     def select(self, rows: list[int]) -> None:
         self._rows, self._halfways = [self._rows[r] for r in rows], [self._halfways[r] for r in rows]
         for flight in self._flying:
             flight.rows = [flight.rows[r] for r in rows]
-        self._read = deque((shape, [certain[r] for r in rows]) for shape, certain in self._read)
+        self._read = deque(
+            (shape, Outcome(*([each[r] for r in rows] for each in outcome)), [certain[r] for r in rows])
+            for shape, outcome, certain in self._read
+        )
         self._policy.select(rows)
         smaller = next((n for n in ROWS if n >= len(rows)), len(rows))
         if 2 * smaller <= self._slots.rows:
@@ -119,9 +122,11 @@ class FastDecoder:
         flight = self._flying.popleft()
         if flight.done is not None:
             flight.done.synchronize()
-        entry: list[list[int]] = self._slots.ring[flight.entry, :, : 1 + flight.shape.drafts].tolist()
+        entry: list[list[int]] = self._slots.ring[flight.entry, :, : 3 + flight.shape.drafts].tolist()
         self._check(min(count for count, *_ in entry) < 0)
-        self._read.append((flight.shape, [entry[r][1 : 1 + entry[r][0]] for r in flight.rows]))
+        rows = [entry[r] for r in flight.rows]
+        outcome = Outcome([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        self._read.append((flight.shape, outcome, [row[3 : 3 + row[0]] for row in rows]))
 
     def _plan(self) -> None:
         self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags, max(self._halfways)))

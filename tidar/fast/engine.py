@@ -185,7 +185,7 @@ class Engine:
     @torch.inference_mode()
     def _measured(self, slots: Slots, plans: Sequence[Plan], flags: Flags, prefix: int, halfway: int) -> Measured:
         # And the steps by which a plan begins without drafts.
-        first = [Shape(1, (1,), plan.draft_len) for plan in plans if plan.draft_len > 1]
+        first = [Shape(1, 1, plan.draft_len) for plan in plans if plan.draft_len > 1]
         every = list(dict.fromkeys([*first, *(shape for plan in plans for shape in shapes(plan))]))
         key = f"{slots.rows} rows, prefix {prefix}, {flags}"
         if self.network.lean.deterministic:
@@ -223,7 +223,7 @@ class Engine:
             last[row] = hidden
         base = torch.arange(slots.rows, dtype=torch.int32, device=device)[:, None] * (1 + masks)
         ends = Hidden(last.view(-1, width))
-        certain = network.sample(ends, base, slots, flags, first=0, drafts=None)
+        certain = network.sample(network.logits(ends, base), slots, flags, first=0)
         slots.drafts[:, :1] = certain
         if flags.penalty:
             slots.seen.scatter_(1, certain, True)
@@ -240,11 +240,10 @@ class Engine:
         size = next(n for n in PIECES if n >= count)
         tokens = torch.zeros(1, size, dtype=torch.long)
         tokens[0, :count] = torch.tensor(piece)
-        offsets = torch.tensor([*range(size), *range(count, count + masks)], dtype=torch.int32)
         one = slice(row, row + 1)
         layout = StepLayout(
             causal=size,
-            offsets=offsets.to(device),
+            queries=size + masks,
             levels=torch.tensor([count] if masks else [], dtype=torch.long, device=device),
             counts=torch.tensor([count], dtype=torch.int32, device=device),
             lengths=slots.lengths[one],

@@ -105,7 +105,6 @@ class LeanModel:
         self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.norm: Tensor = body.norm.weight.detach()
         self.head = weight_of(hf.get_output_embeddings())
-        self._ones = torch.ones_like(self.norm)
 
     @torch.no_grad()
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -209,26 +208,23 @@ class LeanModel:
             left = self._ops.linear_add(x, a, weight, bias, norm, tiles=tiles)
         return left
 
-    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
-        """Logits (R, V) float32 (float64 of a float64 model) of the chosen ``rows`` (R,) int32."""
-        return self._wide(hidden.x, self.norm, self.head, self.eps, rows, hidden.ready)
+    def logits(self, hidden: Hidden, rows: Tensor | None) -> Tensor:
+        """Logits (R, V) float32 (float64 of a float64 model) of the chosen ``rows`` (R,) int32, or of all."""
+        return self._wide(hidden, self.head, rows)
 
-    def draft_logits(self, hidden: Hidden, rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (R, V) of ``rows``, and what a transition's ``gate`` (W, D) takes from them (R, W), both float32."""
-        squares = torch.empty(1, len(rows), dtype=torch.float32, device=rows.device)
-        x = self._ops.norm(hidden.x, self.norm, eps=self.eps, rows=rows, squares=squares)
-        base = self._wide(x, None, self.head, self.eps, None, None)
-        # The transition norms what it takes, without weights (`tidar.transition`).
-        return base, self._wide(x, self._ones, gate, float(torch.finfo(x.dtype).eps), None, Ready(x, squares))
+    def gates(self, hidden: Hidden, rows: Tensor | None, gate: Tensor) -> Tensor:
+        """What a transition's ``gate`` (W, D) takes from the chosen rows (R, W), in the dtype of `logits`."""
+        # The transition norms what it takes once more, without weights (`tidar.transition`).
+        return self._wide(hidden, gate, rows, again=float(torch.finfo(hidden.x.dtype).eps))
 
-    def _wide(
-        self, x: Tensor, norm: Tensor | None, weight: Weight, eps: float, rows: Tensor | None, ready: Ready | None
-    ) -> Tensor:
-        """A product (R, F) of ``x[rows]``, normed, in float32 at least."""
+    def _wide(self, hidden: Hidden, weight: Weight, rows: Tensor | None, again: float | None = None) -> Tensor:
+        """A product (R, F) of chosen rows, normed, in float32 at least."""
+        x, ready = hidden
         count = len(x if rows is None else rows)
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        tiles = self._cut(weight, x, count)
-        made: Tensor = self._ops.norm_linear(x, norm, weight, eps=eps, rows=rows, out=out, tiles=tiles, ready=ready)
+        given = x, self.norm, weight
+        options = {"eps": self.eps, "rows": rows, "tiles": self._cut(weight, x, count), "ready": ready, "again": again}
+        made: Tensor = self._ops.norm_linear(*given, out=out, **options)
         return made
 
     def _cut(self, weight: Weight, x: Tensor, count: int) -> ProductTiles | None:

@@ -34,10 +34,11 @@ class Slots:
         lengths: (B,) int32, committed tokens.
         limits: (B,) int32.
         drafts: (B, K) int64; the first is certain, its key and value are not in the cache yet.
+        chances: (B, K) float32, of the drafts (`tidar.proposals`); the first is not read.
         params: sampling parameters.
         seen: (B, V) bool, tokens of each row's text, for penalties.
         tickets: (B,) int32, steps so far.
-        ring: (DEPTH, B, 1 + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
+        ring: (DEPTH, B, 3 + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
         bad: (1,) int32, not 0 once the network gave NaN.
         kept: what was made for these rows, by key; graphs live here.
     """
@@ -51,14 +52,15 @@ class Slots:
         self.table, self.lengths, self.limits, self.tickets = ints(rows, width), ints(rows), ints(rows), ints(rows)
         self.bad = ints(1)
         self.drafts = torch.zeros(rows, most, dtype=torch.long, device=device)
+        self.chances = torch.zeros(rows, most, dtype=torch.float32, device=device)
         self.params = DeviceParams.of([SamplingParams()] * rows, device)
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
-        self.ring = torch.zeros(DEPTH, rows, 1 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.ring = torch.zeros(DEPTH, rows, 3 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.kept: dict[object, object] = {}
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
-        return self.table, self.lengths, self.limits, self.drafts, self.seen, self.tickets, self.bad
+        return self.table, self.lengths, self.limits, self.drafts, self.chances, self.seen, self.tickets, self.bad
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` returned the first time that ``key`` was asked for."""
@@ -92,7 +94,7 @@ class Slots:
         """Take the named rows of ``other``, with their pages, as they stand between two steps."""
         count = len(rows)
         index = torch.tensor(rows, device=self.device)
-        for mine, theirs in zip(self._state[:5], other._state[:5], strict=True):
+        for mine, theirs in zip(self._state[:6], other._state[:6], strict=True):
             mine[:count] = theirs[index]
             mine[count:] = 0
         # Rows that pad keep parameters of nobody or of an earlier request: valid ones, where zeros would not be.

@@ -13,14 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tidar import layout
 from tidar.decode.plan import Shape
 from tidar.fast.adapted import NOWHERE, Masks
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
+from tidar.kernels.reference_step import Picking
 from tidar.kernels.workspace import Workspace, fixed_tiles
+from tidar.proposals import chance
 
 __all__ = ["Flags", "Network", "Step", "StepLayout"]
+
+
+AT_ONCE = 256
+"""Queries up to which the head is read once, for all of them, before it is known which masks draft what follows. More
+cost an H200 as much time as reading the head again."""
 
 
 class Flags(NamedTuple):
@@ -40,20 +46,22 @@ class StepLayout:
 
     Attributes:
         causal: queries before the masks.
-        offsets: (L,) int32, positions behind a row's length.
-        levels: (P,) int64.
+        queries: L.
+        levels: (P,) or (B, P) int64.
         counts: (B,) int32, causal queries that are written to the cache.
         lengths, table: of the rows.
         workspace: of the attention; None for the plain twins.
+        picking: where to pick the levels; None if they stand.
     """
 
     causal: int
-    offsets: Tensor
+    queries: int
     levels: Tensor
     counts: Tensor
     lengths: Tensor
     table: Tensor
     workspace: Workspace | None
+    picking: Picking | None = None
 
 
 class Network:
@@ -87,8 +95,9 @@ class Network:
 
     def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Hidden:
         """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
-        rows, queries = len(tokens), len(layout.offsets)
-        x = self.ops.embed(tokens, self.lean.embedding, self.mask_id, queries, layout.causal).view(rows * queries, -1)
+        rows, queries = len(tokens), layout.queries
+        given = tokens, self.lean.embedding, self.mask_id, queries, layout.causal
+        x = self.ops.embed(*given, picking=layout.picking).view(rows * queries, -1)
         masks = NOWHERE
         if self.adapters is not None and layout.causal < queries:
             masks = Masks(queries, layout.causal)
@@ -97,7 +106,7 @@ class Network:
 
     def attending(self, rows: int, layout: StepLayout, slots: Slots) -> Attend:
         """What the layers attend to: the rows' pages, and each other as ``layout`` says."""
-        lean, ops, pages, queries = self.lean, self.ops, slots.pages, len(layout.offsets)
+        lean, ops, pages, queries = self.lean, self.ops, slots.pages, layout.queries
         # In one launch every tile of queries turns the own keys it sees for itself: a few in a step, but all before it
         # in a long prompt. And keys are not in the cache when it begins.
         few = layout.causal <= 32 and not lean.deterministic
@@ -117,17 +126,19 @@ class Network:
             if few:
                 out = ops.rotate_attend(heads, *rotary, *stores, layout.counts, layout.levels, eps=lean.eps, **options)
             else:
-                q, k, v = ops.rotate(heads, *rotary, layout.offsets, *stores, layout.counts, eps=lean.eps)
+                placed = *stores, layout.counts, layout.levels
+                q, k, v = ops.rotate(heads, *rotary, *placed, eps=lean.eps, causal=layout.causal)
                 out = ops.attend(q, k, v, *stores, layout.levels, cached=cached, **options)
             return out.view(rows * queries, -1)
 
         return attend
 
-    def sample(
-        self, hidden: Hidden, rows: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None
-    ) -> Tensor:
-        """Tokens (B, R) behind the chosen hidden states, rows (B, R) int32, ``first`` behind the rows' lengths."""
-        logits = self.lean.logits(hidden, rows.view(-1)).view(*rows.shape, -1)
+    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """Of the chosen hidden states (B, R, V), rows (B, R) int32."""
+        return self.lean.logits(hidden, rows.view(-1)).view(*rows.shape, -1)
+
+    def sample(self, logits: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None = None) -> Tensor:
+        """Tokens (B, R) of their logits (B, R, V), the first one ``first`` behind the rows' lengths."""
         sampled: Tensor = self.ops.sample(
             logits,
             slots.params,
@@ -142,22 +153,32 @@ class Network:
         )
         return sampled
 
-    def draft(self, hidden: Hidden, states: Tensor, made: Tensor, slots: Slots, flags: Flags) -> None:
+    def draft(
+        self, hidden: Hidden, states: Tensor, made: Tensor, slots: Slots, flags: Flags, every: Tensor | None = None
+    ) -> None:
         """Choose the drafts behind the certain tokens from the masks' hidden states ``x[states]``, both (B, M - 1).
 
-        A draft that nobody made is token 0: any draft is exact.
+        A draft that nobody made is token 0: any draft is exact. ``every`` (N, V) are the logits of all hidden states,
+        if they are known.
         """
-        drafts = slots.drafts[:, 1 : 1 + states.shape[1]]
+        places = slice(1, 1 + states.shape[1])
+        drafts, chances = slots.drafts[:, places], slots.chances[:, places]
         if self.transition is None:
-            chosen = self.sample(hidden, states, slots, flags, first=1, drafts=None)
+            logits = self.logits(hidden, states) if every is None else every[states]
+            chosen = self.sample(logits, slots, flags, first=1)
             drafts.copy_(chosen * made)
+            chances.copy_(chance(logits, chosen) * made)
             return
         lean, ops = self.lean, self.ops
         gate, table, mix = self.transition
-        base, state = lean.draft_logits(hidden, states.view(-1), gate)
+        if every is None:
+            base, picked = self.logits(hidden, states), None
+            state = lean.gates(hidden, states.view(-1), gate).view(*states.shape, -1)
+        else:
+            base, picked, state = every, states, lean.gates(hidden, None, gate)
         ops.chain(
-            base.view(*states.shape, -1),
-            state.view(*states.shape, -1),
+            base,
+            state,
             slots.drafts[:, 0],
             made,
             table,
@@ -168,7 +189,9 @@ class Network:
             lengths=slots.lengths,
             offset=1,
             sampling=flags.sampling,
+            rows=picked,
             out=drafts,
+            chances=chances,
             shortlists=slots.once(("shortlists", made.shape), lambda: ops.shortlists(*made.shape, base.device)),
         )
 
@@ -187,28 +210,36 @@ class Step:
         self._network, self._slots, self._flags = network, slots, flags
         rows, device = slots.rows, slots.device
         self.shape = shape
-        k, proposals, masks = shape
-        self._masks = masks if proposals else 1
-        self._queries = shape.queries
-        self._kept = torch.tensor(shape.kept, device=device)
-        self._levels = torch.tensor(proposals or (0,), device=device)
-        index = torch.arange(rows, device=device)[:, None] * self._queries + torch.arange(k, device=device)
+        k, proposals, _ = shape
+        # What a step of one draft may come to is certain, and drafted for or not.
+        self._levels = torch.ones(rows, proposals, dtype=torch.long, device=device)
+        self._places = torch.zeros(rows, k, dtype=torch.long, device=device)
+        index = torch.arange(rows, device=device)[:, None] * shape.queries + torch.arange(k, device=device)
         self._verify = index.int()
         self._layout = StepLayout(
             causal=k,
-            offsets=layout.step([0], *shape, device=device).positions[0].int(),
-            levels=torch.tensor(proposals, dtype=torch.long, device=device),
+            queries=shape.queries,
+            levels=self._levels,
             counts=torch.full((rows,), k, dtype=torch.int32, device=device),
             lengths=slots.lengths,
             table=slots.table,
-            workspace=network.workspace(rows, self._queries),
+            workspace=network.workspace(rows, shape.queries),
+            picking=Picking(slots.chances, self._places, self._levels) if k > 1 else None,
         )
 
     def __call__(self) -> None:
         network, slots, flags = self._network, self._slots, self._flags
         k = self.shape.drafts
         hidden = network.hidden(slots.drafts, self._layout, slots)
-        sampled = network.sample(hidden, self._verify, slots, flags, first=1, drafts=slots.drafts[:, :k])
+        drafting = self.shape.proposals > 0 and self.shape.masks > 1
+        every = None
+        # A head that takes chosen rows is another program, which may round otherwise: not where bits count.
+        if drafting and len(hidden.x) <= AT_ONCE and not network.lean.deterministic:
+            every = network.lean.logits(hidden, None)
+            logits = every.view(slots.rows, self.shape.queries, -1)[:, :k]
+        else:
+            logits = network.logits(hidden, self._verify)
+        sampled = network.sample(logits, slots, flags, first=1, drafts=slots.drafts[:, :k])
         states, made = network.ops.accept(
             sampled,
             slots.drafts,
@@ -218,10 +249,10 @@ class Step:
             slots.ring,
             slots.bad,
             levels=self._levels,
-            kept=self._kept,
-            masks=self._masks,
-            queries=self._queries,
+            places=self._places,
+            masks=self.shape.masks,
+            queries=self.shape.queries,
             seen=slots.seen if flags.penalty else None,
         )
-        if self._masks > 1:
-            network.draft(hidden, states, made, slots, flags)
+        if drafting:
+            network.draft(hidden, states, made, slots, flags, every)

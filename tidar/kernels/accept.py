@@ -1,4 +1,5 @@
-"""What comes before and behind the network in a step, on the device: its tokens, and which drafts stand.
+"""What comes before and behind the network in a step, on the device: its tokens, what it drafts for, and which drafts
+stand.
 
 Legend: B rows, K drafts, P proposals of M masks each, L = K + P·M queries, D width. `tidar.kernels.reference_step` is
 the plain twin.
@@ -12,25 +13,56 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.kernels.pdl import begin, options
+from tidar.kernels.reference_step import Picking
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["accept", "embed"]
 
 
 @triton.jit
+def _pick(
+    chances, places, levels, chance_step, row, DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, PROPOSALS: tl.constexpr
+) -> None:
+    """`tidar.proposals.ranks` and `levels` of a row."""
+    n = tl.arange(0, DRAFTS_UP)  # outcome n + 1
+    chances += row * chance_step + n
+    stood = tl.sqrt_rn(tl.load(chances, mask=(n > 0) & (n < DRAFTS), other=1.0))
+    stands = tl.sqrt_rn(tl.load(chances + 1, mask=n < DRAFTS - 1, other=0.0))
+    likely = tl.where(n < DRAFTS, tl.cumprod(stood, 0) * (1 - stands), -1.0)
+    here, there = likely[:, None], likely[None, :]
+    before = (there > here) | ((there == here) & (n[None, :] < n[:, None]))
+    place = tl.sum(before.to(tl.int32), 1)
+    tl.store(places + row * DRAFTS + n, place.to(tl.int64), mask=n < DRAFTS)
+    if PROPOSALS:
+        chosen = (place < PROPOSALS) & (n < DRAFTS)
+        index = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        # NaN comes before nothing: all places are the first then, and the lowest levels are taken.
+        tl.store(levels + row * PROPOSALS + index, (n + 1).to(tl.int64), mask=chosen & (index < PROPOSALS))
+
+
+@triton.jit
 def _embed(
-    drafts, table, out, mask_id, draft_step,
-    DRAFTS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    drafts, table, out, chances, places, levels, mask_id, draft_step, chance_step,
+    DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, PROPOSALS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
+    """A query; the first program of a row picks what is drafted for, beside the others."""
     begin(PDL)
     query, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if chances is not None:
+        if query == 0:
+            _pick(chances, places, levels, chance_step, row, DRAFTS, DRAFTS_UP, PROPOSALS)
+            return
+        query -= 1
     token = tl.load(drafts + row * draft_step + query, mask=query < DRAFTS, other=mask_id)
     column = tl.arange(0, WIDTH)
     x = tl.load(table + token * D + column, mask=column < D)
     tl.store(out + (row * QUERIES + query) * D + column, x, mask=column < D)
 
 
-def embed(drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int) -> Tensor:
+def embed(
+    drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int, *, picking: Picking | None = None
+) -> Tensor:
     """Embeddings (B, L, D) of the first ``count`` drafts of each row and of masks behind them.
 
     Args:
@@ -39,22 +71,26 @@ def embed(drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int)
         mask_id: the mask's row in it.
         queries: L.
         count: K.
+        picking: where to find the drafts' chances and to leave what the step drafts for; without, nothing is picked.
     """
     rows, width = drafts.shape[0], table.shape[1]
     out = torch.empty(rows, queries, width, dtype=table.dtype, device=table.device)
-    _embed[queries, rows](
-        drafts, table, out, mask_id, drafts.stride(0),
-        DRAFTS=count, QUERIES=queries, D=width, WIDTH=power_of_2(width), **options(table.device),
+    chances, places, levels = picking or (None, None, None)
+    _embed[queries + (picking is not None), rows](
+        drafts, table, out, chances, places, levels, mask_id, drafts.stride(0),
+        0 if chances is None else chances.stride(0),
+        DRAFTS=count, DRAFTS_UP=power_of_2(count), PROPOSALS=0 if levels is None else levels.shape[1],
+        QUERIES=queries, D=width, WIDTH=power_of_2(width), **options(table.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _accept(
-    sampled, drafts, lengths, limits, tickets, ring, kept, levels, states, made, seen, bad,
+    sampled, drafts, lengths, limits, tickets, ring, places, levels, states, made, seen, bad,
     draft_step, ring_step, ring_row, seen_step,
-    DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, MASKS: tl.constexpr, MASKS_UP: tl.constexpr,
-    QUERIES: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, PROPOSALS: tl.constexpr, PROPOSALS_UP: tl.constexpr,
+    MASKS: tl.constexpr, MASKS_UP: tl.constexpr, QUERIES: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row."""
     begin(PDL)
@@ -70,22 +106,27 @@ def _accept(
     entry = ring + ticket % DEPTH * ring_step + row * ring_row
     broken = tl.load(bad) != 0
     tl.store(entry, tl.where(broken, -1, n))
-    tl.store(entry + 1 + i, s.to(tl.int32), mask=i < n)
+    tl.store(entry + 3 + i, s.to(tl.int32), mask=i < n)
     tl.store(tickets + row, ticket + 1)
     tl.store(drafts + row * draft_step, tl.sum(tl.where(i == n - 1, s, 0), 0))
     length = tl.load(lengths + row)
     tl.store(lengths + row, tl.minimum(length + n, tl.load(limits + row)))
     if seen is not None:
         tl.store(seen + row * seen_step + s, tl.full((DRAFTS_UP,), 1, tl.int1), mask=i < n)
-    if MASKS > 1:
-        block = tl.load(kept + n)
-        level = tl.load(levels + tl.maximum(block, 0))
-        j = tl.arange(0, MASKS_UP)
-        place = j + 1 + n - level
+    behind = tl.full((), MASKS, tl.int32)
+    if PROPOSALS:
+        p, j = tl.arange(0, PROPOSALS_UP), tl.arange(0, MASKS_UP)
+        level = tl.load(levels + row * PROPOSALS + p, mask=p < PROPOSALS, other=DRAFTS + 1).to(tl.int32)
+        block = tl.sum((level <= n).to(tl.int32), 0) - 1
+        behind = tl.where(block < 0, behind, n - tl.max(tl.where(level <= n, level, 0), 0))
+        place = j + 1 + behind
         inside = j < MASKS - 1
         state = row * QUERIES + DRAFTS + tl.maximum(block, 0) * MASKS + tl.minimum(place, MASKS - 1)
         tl.store(states + row * (MASKS - 1) + j, state.to(tl.int32), mask=inside)
-        tl.store(made + row * (MASKS - 1) + j, (place < MASKS) & (block >= 0), mask=inside)
+        tl.store(made + row * (MASKS - 1) + j, place < MASKS, mask=inside)
+    tl.store(entry + 1, behind)
+    if places is not None:
+        tl.store(entry + 2, tl.load(places + row * DRAFTS + n - 1).to(tl.int32))
 
 
 def accept(
@@ -98,7 +139,7 @@ def accept(
     bad: Tensor,
     *,
     levels: Tensor,
-    kept: Tensor,
+    places: Tensor | None,
     masks: int,
     queries: int,
     seen: Tensor | None = None,
@@ -114,12 +155,13 @@ def accept(
         lengths: (B,) int32, committed tokens; n more afterwards.
         limits: (B,) int32, what lengths never pass: rows that rest have theirs at it.
         tickets: (B,) int32, steps so far; one more afterwards.
-        ring: (depth, B, at least K + 1) int32, page-locked memory of the host: n and the certain tokens of step t go
-            to entry ``t % depth``. n is -1 if ``bad`` is set.
+        ring: (depth, B, at least K + 3) int32, page-locked memory of the host. To entry ``t % depth`` of step t go n,
+            or -1 if ``bad`` is set; how far into their block the next drafts begin, M without one; the place of this
+            outcome among the likeliest; and the certain tokens.
         bad: (1,) int32, not 0 when the network gave NaN.
-        levels: (P,) int64, the proposals, ascending; anything of one entry when there are none.
-        kept: (K + 1,) int64, for n the index of the largest proposal up to it, or -1.
-        masks: M; 1 when there are no proposals.
+        levels: (B, P) int64 contiguous, the proposals, ascending.
+        places: (B, K) int64 contiguous, of the outcomes (`tidar.proposals.ranks`); None if they were not ranked.
+        masks: M.
         queries: L.
         seen: (B, V) bool, tokens of the committed text; the new ones are added.
 
@@ -131,9 +173,10 @@ def accept(
     states = torch.empty(rows, masks - 1, dtype=torch.int32, device=sampled.device)
     made = torch.empty(rows, masks - 1, dtype=torch.bool, device=sampled.device)
     _accept[rows,](
-        sampled, drafts, lengths, limits, tickets, ring, kept, levels, states, made, seen, bad,
+        sampled, drafts, lengths, limits, tickets, ring, places, levels, states, made, seen, bad,
         drafts.stride(0), ring.stride(0), ring.stride(1), 0 if seen is None else seen.stride(0),
-        DRAFTS=count, DRAFTS_UP=power_of_2(count), MASKS=masks, MASKS_UP=power_of_2(max(masks - 1, 1)),
+        DRAFTS=count, DRAFTS_UP=power_of_2(count), PROPOSALS=levels.shape[1],
+        PROPOSALS_UP=power_of_2(max(levels.shape[1], 1)), MASKS=masks, MASKS_UP=power_of_2(max(masks - 1, 1)),
         QUERIES=queries, DEPTH=ring.shape[0], num_warps=1, **options(sampled.device),
     )  # fmt: skip
     return states, made

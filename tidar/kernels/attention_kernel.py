@@ -14,7 +14,7 @@ from tidar.kernels.attention_parts import FLOOR, combine, divided, last_to_come,
 from tidar.kernels.pdl import begin, release
 from tidar.kernels.rotary import columns, turned
 
-__all__ = ["LOG2E", "attention", "join"]
+__all__ = ["LOG2E", "attention", "join", "place_of"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -67,7 +67,7 @@ def _pages(table, at, length, table_width, PAGE: tl.constexpr, KEYS: tl.constexp
 
 
 @triton.jit
-def _position(index, levels, real, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+def place_of(index, levels, real, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
     """Of query or key ``index`` of the step: position behind the row's length, and level, for a mask."""
     mask = index - CAUSAL
     level = tl.load(levels + mask // BLOCK, mask=real & (mask >= 0), other=0).to(tl.int32)
@@ -99,7 +99,8 @@ def attention(
     out, part, peaks, totals, arrived, inner, factor, eps, positions, table_step, table_width,
     Q_STEPS: tl.constexpr, K_STEPS: tl.constexpr, V_STEPS: tl.constexpr, PAGE_STEPS: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    LEVEL_STEP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
     HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -116,6 +117,8 @@ def attention(
     tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, head = (pair // HEADS).to(tl.int64), pair % HEADS
     length = tl.load(lengths + row)
+    if BLOCK:
+        levels += row * LEVEL_STEP
 
     # Own keys: the causal tokens, then the blocks of masks that have a query in this tile; no other can be seen.
     last = (tl.minimum(tile * ROWS + ROWS, QUERIES * GROUP) - 1) // GROUP
@@ -146,7 +149,7 @@ def attention(
     # What a query sees of its step: causal tokens before `stop`, masks from `mates` on. `place`: position - length.
     place, stop = query, query + 1
     if BLOCK:
-        place, level = _position(query, levels, True, CAUSAL, BLOCK)
+        place, level = place_of(query, levels, True, CAUSAL, BLOCK)
         stop = tl.where(query < CAUSAL, stop, level)
         mates = tl.where(query < CAUSAL, QUERIES, CAUSAL + (query - CAUSAL) // BLOCK * BLOCK)
 
@@ -209,7 +212,7 @@ def attention(
             page = tl.load(pages + slot // PAGE, mask=fresh, other=0).to(tl.int64)
             place_of_key = key
             if BLOCK:
-                place_of_key, _ = _position(key, levels, here, CAUSAL, BLOCK)
+                place_of_key, _ = place_of(key, levels, here, CAUSAL, BLOCK)
             at_key = tl.minimum(length + place_of_key, positions - 1)[:, None]
             new_k = turned(given[:, None], here[:, None], k_norm, eps, cos, sin, at_key, D, WIDTH)
             new_k = new_k.to(k.dtype.element_ty)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.errors import TidarError
-from tidar.kernels.attention_parts import last_to_come
+from tidar.kernels.attention_parts import FLOOR, last_to_come
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, lanes
@@ -51,7 +51,7 @@ def _order(score):
 
 @triton.jit
 def _shortlist(
-    base, suppressed, temperature, seed, lengths, tokens, scores, noise, offset, base_row, base_place,
+    base, suppressed, temperature, seed, lengths, chosen_rows, tokens, scores, noise, offset, base_row, base_place,
     VOCAB: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TOGETHER: tl.constexpr, KEPT: tl.constexpr,
     DEALT: tl.constexpr, SAMPLING: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -60,7 +60,10 @@ def _shortlist(
     part, place, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group, lane = part * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, LANES)
     dealt = (lane // DEALT * (GROUPS * DEALT) + lane % DEALT)[None, :] + group[:, None] * DEALT
-    logits = base + row * base_row + place * base_place
+    at = row * base_row + place * base_place
+    if chosen_rows is not None:
+        at = tl.load(chosen_rows + row * tl.num_programs(1) + place).to(tl.int64) * base_row
+    logits = base + at
     order = tl.full((TOGETHER, LANES), LEAST, tl.int32)
     token = dealt
     for start in tl.range(0, VOCAB, GROUPS * LANES, num_stages=4):
@@ -97,8 +100,8 @@ def _shortlist(
 
 @triton.jit
 def _follow(
-    state, first, made, token_table, mix, tokens, scores, noise, following, arrived, out,
-    state_row, state_place, first_row, made_row, made_place, out_row, out_place,
+    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, odds, arrived, out, chances,
+    state_row, state_place, first_row, made_row, made_place, out_row, out_place, chance_row, chance_place,
     PLACES: tl.constexpr, PLACES_UP: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, SAMPLING: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -111,7 +114,10 @@ def _follow(
     # The first place has one token before it, which stands for all.
     before = tl.load(tokens + here - SLOTS + line, mask=place > 0, other=0).to(tl.int64)
     before = tl.where(place > 0, before, tl.load(first + row * first_row))
-    state += row * state_row + place * state_place
+    at_state = row * state_row + place * state_place
+    if chosen_rows is not None:
+        at_state = tl.load(chosen_rows + row * PLACES + place).to(tl.int64) * state_row
+    state += at_state
 
     acc = tl.zeros((ROWS, SLOTS), tl.float32)
     for d in range(0, WIDTH, DEPTH):
@@ -126,8 +132,12 @@ def _follow(
         # logits / T + noise has its maximum where logits + T · noise has, which also serves T = 0 and overflows never.
         acc += tl.load(noise + here + slot)[None, :]
     acc = tl.where(acc == acc, acc, float("-inf"))  # NaN would equal nothing
-    leading = tl.where(acc == tl.max(acc, 1)[:, None], (slot << BITS | token.to(tl.int32))[None, :], LAST)
+    top = tl.max(acc, 1)
+    leading = tl.where(acc == top[:, None], (slot << BITS | token.to(tl.int32))[None, :], LAST)
     tl.store(following + here + line, tl.min(leading, 1))
+    peak = tl.minimum(tl.maximum(top, FLOOR), -FLOOR)  # infinities from one another are NaN
+    mass = tl.maximum(tl.sum(tl.exp(acc - peak[:, None]), 1), 1.0)
+    tl.store(odds + here + line, tl.exp(top - peak) / mass)
 
     if last_to_come(arrived + row, PLACES * (SLOTS // ROWS)):
         places, every = tl.arange(0, PLACES_UP), tl.arange(0, PLACES_UP * SLOTS)
@@ -137,13 +147,19 @@ def _follow(
         # None is negative: the walk starts at slot 0, and not before they are there.
         table = following + row * PLACES * SLOTS
         at = tl.minimum(tl.max(tl.load(table + every, mask=every < PLACES * SLOTS, other=0)), 0)
-        walked = tl.zeros((PLACES_UP,), tl.int32)
+        walked, came = tl.zeros((PLACES_UP,), tl.int32), tl.zeros((PLACES_UP,), tl.int32)
         for j in range(PLACES):
-            word = tl.load(table + j * SLOTS + at)
-            walked = tl.where(places == j, word, walked)
-            at = word >> BITS
+            next_word = tl.load(table + j * SLOTS + at)
+            walked = tl.where(places == j, next_word, walked)
+            came = tl.where(places == j, at, came)
+            at = next_word >> BITS
         draft = tl.where(kept, walked & TOKEN, 0).to(tl.int64)
         tl.store(out + row * out_row + places * out_place, draft, mask=real)
+        if chances is not None:
+            chance = tl.load(
+                odds + (row * PLACES + places) * SLOTS + came, mask=real & kept, other=0.0, cache_modifier=".cg"
+            )
+            tl.store(chances + row * chance_row + places * chance_place, chance, mask=real)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +171,7 @@ class Shortlists:
         scores: (B, R, S) float32, their logits without the transition.
         noise: (B, R, S) float32, noise times temperature; written if there is any.
         following: (B, R, S) int32, the successor's slot and token for each token of the list before.
+        odds: (B, R, S) float32, how clearly that successor leads its list.
         arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
     """
 
@@ -162,6 +179,7 @@ class Shortlists:
     scores: Tensor
     noise: Tensor
     following: Tensor
+    odds: Tensor
     arrived: Tensor
 
     @classmethod
@@ -175,8 +193,8 @@ class Shortlists:
             raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
         shape = rows, places, GROUPS * KEPT
         tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
-        scores, noise = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
-        return cls(tokens, scores, noise, following, torch.zeros(rows, dtype=torch.int32, device=device))
+        scores, noise, odds = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
+        return cls(tokens, scores, noise, following, odds, torch.zeros(rows, dtype=torch.int32, device=device))
 
 
 def chain(
@@ -193,7 +211,9 @@ def chain(
     lengths: Tensor,
     offset: int,
     sampling: bool,
+    rows: Tensor | None = None,
     out: Tensor | None = None,
+    chances: Tensor | None = None,
     shortlists: Shortlists | None = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each of the logits that its mask and the draft before it give (`tidar.transition`).
@@ -217,7 +237,10 @@ def chain(
         lengths: (B,) int32.
         offset: of the first draft's position from ``lengths``.
         sampling: whether any temperature may be above 0; without, the three tensors above are not read.
+        rows: (B, R) int32 contiguous: base is (N, V) and state (N, W), and these of their rows are meant.
         out: (B, R) int64, any strides, where to write; it may share memory with ``first``, but no element.
+        chances: (B, R) float32, any strides: gets how clearly each draft leads its shortlist, the softmax of ``logits +
+            temperature[b] · noise``; 0 of one that nobody made.
         shortlists: made for these sizes. Made anew without; give them, and ``out``, where nothing may be allocated.
 
     Returns:
@@ -226,9 +249,9 @@ def chain(
     Raises:
         TidarError: arguments that do not fit together.
     """
-    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out)
-    rows, places, vocab = base.shape
-    width = state.shape[2]
+    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out, chances, rows)
+    vocab, width = base.shape[-1], state.shape[-1]
+    count, places = made.shape
     if base.dtype != torch.float32 or mix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TidarError(f"the kernel has no {base.dtype} with {mix.dtype}: use tidar.kernels.reference_chain")
     if not all(t.is_contiguous() for t in (token_table, mix, suppressed, temperature, seed, lengths)):
@@ -238,21 +261,22 @@ def chain(
     if vocab > TOKEN.value:
         raise TidarError(f"the kernel has no vocabularies above {TOKEN.value}: use tidar.kernels.reference_chain")
     if shortlists is None:
-        shortlists = Shortlists.for_step(rows, places, device=base.device)
+        shortlists = Shortlists.for_step(count, places, device=base.device)
     tokens = shortlists.tokens
-    if tokens.shape[:2] != (rows, places) or tokens.device != base.device:
+    if tokens.shape[:2] != (count, places) or tokens.device != base.device:
         raise TidarError(f"the shortlists were made for {tuple(tokens.shape)} on {tokens.device}: make some for this")
-    out = torch.empty(rows, places, dtype=torch.int64, device=base.device) if out is None else out
+    out = torch.empty(count, places, dtype=torch.int64, device=base.device) if out is None else out
     lists = tokens, shortlists.scores, shortlists.noise
-    _shortlist[GROUPS // TOGETHER, places, rows](
-        base, suppressed, temperature, seed, lengths, *lists, offset, *base.stride()[:2],
+    _shortlist[GROUPS // TOGETHER, places, count](
+        base, suppressed, temperature, seed, lengths, rows, *lists, offset, *base.stride()[:2],
         VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
         SAMPLING=sampling, num_warps=TOGETHER, **options(base.device),
     )  # fmt: skip
     fixed = sizes(places, tokens.shape[2], width, mix.element_size())
-    _follow[tokens.shape[2] // fixed["ROWS"], places, rows](
-        state, first, made, token_table, mix, *lists, shortlists.following, shortlists.arrived, out,
-        *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(), SAMPLING=sampling, **fixed,
+    _follow[tokens.shape[2] // fixed["ROWS"], places, count](
+        state, first, made, rows, token_table, mix, *lists, shortlists.following, shortlists.odds, shortlists.arrived,
+        out, chances, *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(),
+        *((0, 0) if chances is None else chances.stride()), SAMPLING=sampling, **fixed,
         **options(base.device),
     )  # fmt: skip
     return out

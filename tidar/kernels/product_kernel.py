@@ -71,17 +71,18 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr):
 # and sums over them formed in another order.
 @triton.jit(do_not_specialize=["count", "squares_row"])
 def product(
-    x, rows, into, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
+    x, rows, into, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps, again,
     x_row, squares_row, out_row,
     D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    TWICE: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once.
 
     With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D). ``squares`` are
     CHUNKS sums for each row of x, HELD the power of 2 that holds them; ``scaled`` and ``squared`` are left for the
     product behind. ``scale`` is a quantised weight's. ``rows`` are taken from x, ``into`` are those of the result.
+    TWICE normed: what the norm makes of x is normed again, without weights, by the epsilon ``again``.
     """
     HALVES: tl.constexpr = 2 if GATES else 1
     TAKEN: tl.constexpr = COLS // HALVES
@@ -116,6 +117,7 @@ def product(
         start = tl.program_id(2) * SHARE
         end = tl.minimum(start + SHARE, D)
     acc = _sums(ROWS, COLS, DEPTH, SLICES, TURNED)
+    own = tl.zeros((ROWS,), tl.float32)
 
     for d in tl.range(start, end, DEPTH, num_stages=STAGES):
         if TMA:
@@ -125,6 +127,8 @@ def product(
             taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
             w = tl.load(w_at + d)
         acc = _accumulate(acc, taken, w, SLICES, TURNED)
+        if TWICE:
+            own += tl.sum(taken.to(tl.float32) * taken.to(tl.float32), 1)
 
     release(PDL)
     acc = _total(acc, ROWS, SLICES, TURNED)
@@ -140,6 +144,8 @@ def product(
             acc += tl.load(shares + split * (ROWS * COLS), cache_modifier=".cg")
     if scale is not None:
         acc *= tl.load(scale + w_row)[None, :]
+    if TWICE:
+        inverse = tl.rsqrt(own / D + again / (inverse * inverse))
     if squares is not None:
         acc *= inverse[:, None]
     if bias is not None:

@@ -55,6 +55,7 @@ def norm_linear(
     out: Tensor | None = None,
     tiles: ProductTiles | None = None,
     ready: Ready | None = None,
+    again: float | None = None,
 ) -> Tensor:
     """``rmsnorm(x[rows]) · weightᵀ + bias``, summed in float32 and rounded once.
 
@@ -69,6 +70,7 @@ def norm_linear(
         tiles: how to cut it up; None for cuBLAS.
         ready: of this x and norm, by `linear_add`, `norm` or `tidar.kernels.residual.linear_add_norm`; without, the
             norm is a launch of its own.
+        again: epsilon of a second norm, without weights, of what the first one makes; none by default.
 
     Returns:
         ``out``.
@@ -78,10 +80,14 @@ def norm_linear(
     """
     check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
     out = result(x, rows, weight.shape[0]) if out is None else out
-    x, squares, rows = _prepared(x, norm, eps, rows, ready, tiles)
+    twice = again is not None and (tiles is None or tiles.splits > 1 or ready is None or ready.squares is None)
+    x, squares, rows = _prepared(x, norm, eps, rows, ready, None if twice else tiles)
+    if twice:  # a program knows the sums of squares of rows that it sees whole
+        assert again is not None
+        x, again = rms_norm(x, torch.ones_like(x[0]), eps=again), None
     if tiles is None:
         return cublas(x, weight, bias, out)
-    _launch(x, squares, weight, bias, out, eps, rows, tiles)
+    _launch(x, squares, weight, bias, out, eps, rows, tiles, again=again)
     return out
 
 
@@ -185,6 +191,7 @@ def _launch(
     add: bool = False,
     norm: Tensor | None = None,
     into: Tensor | None = None,
+    again: float | None = None,
 ) -> Ready | None:
     if rows is not None:
         tiles = replace(tiles, tma=False)  # it brings neighbours
@@ -210,7 +217,8 @@ def _launch(
         squared = torch.empty(grid[1], count, dtype=torch.float32, device=x.device)
     product[grid](
         given[0], rows, into, squares, given[1], scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
-        x.stride(0), squares_row, out.stride(0), ADD=add, CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
+        again or 0.0, x.stride(0), squares_row, out.stride(0), TWICE=again is not None, ADD=add,
+        CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
         **options(x.device, late=tiles.rows < 64),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["attend", "check_pages", "check_step", "visible", "write_kv"]
+__all__ = ["attend", "by_row", "check_pages", "check_step", "visible", "write_kv"]
 
 
 def attend(
@@ -51,13 +51,14 @@ def attend(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k_new.shape[2]
     out = torch.empty_like(q) if out is None else out
+    below = by_row(levels, len(q)).tolist()
     for b, length in enumerate(lengths.tolist()):
         keys = torch.cat([_prefix(k_pages, block_table[b], length), k_new[b]]).to(wide).repeat_interleave(group, 1)
         values = torch.cat([_prefix(v_pages, block_table[b], length), v_new[b]]).to(wide).repeat_interleave(group, 1)
         scores = torch.einsum("lhd,shd->hls", q[b].to(wide), keys) * factor
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        seen = visible(length, q.shape[1], causal, levels.tolist(), window).to(q.device)
+        seen = visible(length, q.shape[1], causal, below[b], window).to(q.device)
         scores = scores.masked_fill(~seen, -torch.inf)
         if sinks is not None:  # one more logit a head, whose value is zero
             sink = sinks.to(wide)[:, None, None].expand(-1, q.shape[1], 1)
@@ -65,6 +66,11 @@ def attend(
         weights = scores.softmax(-1)[..., : keys.shape[0]]
         out[b] = torch.einsum("hls,shd->lhd", weights, values).to(q.dtype)
     return out
+
+
+def by_row(levels: Tensor, rows: int) -> Tensor:
+    """(B, P): levels that all rows share, or each its own."""
+    return levels.expand(rows, levels.shape[-1])
 
 
 def visible(length: int, queries: int, causal: int, levels: list[int], window: int | None) -> Tensor:
@@ -151,11 +157,11 @@ def check_step(
         raise TidarError(f"queries must be (B, L, G·Hk, D) for keys {_shapes(k_new)}, not {_shapes(q)}")
     if len({t.dtype for t in (q, k_new, v_new, k_pages, v_pages)}) > 1:
         raise TidarError("queries, keys, values and pages must have one dtype")
-    masks, blocks = q.shape[1] - causal, levels.shape[0]
+    masks, blocks = q.shape[1] - causal, levels.shape[-1]
     if not 1 <= causal <= q.shape[1] or (masks % blocks if blocks else masks):
         raise TidarError(f"{q.shape[1]} queries are not {causal} causal ones and {blocks} equal blocks of masks")
-    if levels.dim() != 1 or levels.is_floating_point():
-        raise TidarError("levels must be integers of shape (P,), each in 0 … causal")
+    if levels.shape[:-1] not in ((), q.shape[:1]) or levels.stride(-1) != 1 or levels.is_floating_point():
+        raise TidarError("levels must be integers of shape (P,) or (B, P), contiguous in P, each in 0 … causal")
     if any(bound is not None and bound <= 0 for bound in (scale, window, softcap)):
         raise TidarError("scale, window and softcap must be above 0: leave them out to do without")
     if sinks is not None and sinks.shape != (q.shape[2],):

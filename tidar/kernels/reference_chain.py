@@ -44,18 +44,23 @@ def chain(
     lengths: Tensor,
     offset: int,
     sampling: bool,
+    rows: Tensor | None = None,
     out: Tensor | None = None,
+    chances: Tensor | None = None,
     shortlists: object = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each leaning on the one before; arguments as `tidar.kernels.chain.chain`.
 
     Any floating dtypes, float64 included, in which the sums are then; ``shortlists`` is not read.
     """
-    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out)
+    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out, chances, rows)
+    if rows is not None:
+        base, state = base[rows.long()], state[rows.long()]
     out = torch.empty(base.shape[:2], dtype=torch.int64, device=base.device) if out is None else out
     wide, before = base.dtype, first
-    listed = shortlist(base, suppressed)
-    scores = base.masked_fill(suppressed, -torch.inf).gather(2, listed)
+    named = _named(base, suppressed)
+    listed = named.clamp(max=base.shape[2] - 1)
+    scores = base.masked_fill(suppressed, -torch.inf).gather(2, listed).masked_fill(named != listed, -torch.inf)
     for place in range(base.shape[1]):
         tokens = listed[:, place]
         gate = silu(state[:, place].to(wide) + token_table[before].to(wide)).to(mix.dtype)
@@ -64,8 +69,12 @@ def chain(
             position = lengths.long()[:, None] + offset + place
             noise = gumbel(seed, position, base.shape[2])[:, 0].gather(1, tokens)
             score = score + temperature[:, None].to(wide) * noise
-        before = tokens.gather(1, score.argmax(1, keepdim=True))[:, 0]
+        best = score.argmax(1, keepdim=True)
+        odds = score.softmax(1).nan_to_num()  # of a list without a token
+        before = tokens.gather(1, best)[:, 0]
         out[:, place] = torch.where(made[:, place].bool(), before, 0)
+        if chances is not None:
+            chances[:, place] = torch.where(made[:, place].bool(), odds.gather(1, best)[:, 0], 0)
     return out
 
 
@@ -75,6 +84,11 @@ def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
     Group by group, in each the best first, lower tokens before higher ones among equals. Where a group has too few
     tokens, the last token of the vocabulary fills its list.
     """
+    return _named(base, suppressed).clamp(max=base.shape[2] - 1)
+
+
+def _named(base: Tensor, suppressed: Tensor) -> Tensor:
+    """`shortlist`, with numbers above all tokens where a group has too few."""
     vocab = base.shape[2]
     dealt = GROUPS, DEALT
     count = GROUPS * lanes(vocab)
@@ -84,8 +98,8 @@ def shortlist(base: Tensor, suppressed: Tensor) -> Tensor:
     scores, token = (t.transpose(-3, -2).flatten(-2) for t in (scores, token))
     token, order = token.sort(-1)
     best = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices[..., :KEPT]
-    listed: Tensor = token.gather(-1, best).flatten(-2).clamp(max=vocab - 1)
-    return listed
+    named: Tensor = token.gather(-1, best).flatten(-2)
+    return named
 
 
 def lanes(vocab: int) -> int:
@@ -105,11 +119,21 @@ def check_chain(
     seed: Tensor,
     lengths: Tensor,
     out: Tensor | None,
+    chances: Tensor | None,
+    chosen: Tensor | None,
 ) -> None:
     """Raise `TidarError` if the arguments of ``chain`` do not fit together."""
-    if base.ndim != 3 or state.ndim != 3 or base.shape[:2] != state.shape[:2] or 0 in (*base.shape, state.shape[2]):
-        raise TidarError(f"logits and states must be (B, R, V) and (B, R, W), not {base.shape} and {state.shape}")
-    (rows, places, vocab), width = base.shape, state.shape[2]
+    lead = 3 if chosen is None else 2
+    shapes = base.shape, state.shape
+    if any(len(s) != lead or 0 in s for s in shapes) or base.shape[:-1] != state.shape[:-1]:
+        raise TidarError(
+            "logits and states must be (B, R, V) and (B, R, W), or (N, V) and (N, W) if rows are chosen, not "
+            f"{tuple(base.shape)} and {tuple(state.shape)}"
+        )
+    rows, places = base.shape[:2] if chosen is None else chosen.shape
+    vocab, width = base.shape[-1], state.shape[-1]
+    if chosen is not None and (chosen.dtype != torch.int32 or not chosen.is_contiguous()):
+        raise TidarError(f"rows must be (B, R) int32 and contiguous, not {tuple(chosen.shape)} {chosen.dtype}")
     if token_table.shape != (vocab, width) or mix.shape != (vocab, width) or token_table.dtype != mix.dtype:
         raise TidarError(
             f"the tables must be {(vocab, width)} of one dtype, not {tuple(token_table.shape)} {token_table.dtype} and "
@@ -128,5 +152,7 @@ def check_chain(
             raise TidarError(f"{name} must be ({rows},) {dtype}, not {tuple(values.shape)} {values.dtype}")
     if lengths.shape != (rows,) or lengths.dtype != torch.int32:
         raise TidarError(f"lengths must be ({rows},) int32, not {tuple(lengths.shape)} {lengths.dtype}")
+    if chances is not None and (chances.shape != (rows, places) or chances.dtype != torch.float32):
+        raise TidarError(f"chances must be {(rows, places)} float32, not {tuple(chances.shape)} {chances.dtype}")
     if out is not None and (out.shape != (rows, places) or out.dtype != torch.int64):
         raise TidarError(f"out must be {(rows, places)} int64, not {tuple(out.shape)} {out.dtype}")

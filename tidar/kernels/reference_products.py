@@ -54,10 +54,14 @@ def norm_linear(
     out: Tensor | None = None,
     tiles: object = None,
     ready: object = None,
+    again: float | None = None,
 ) -> Tensor:
-    """A product of normalised rows; arguments as `tidar.kernels.products.norm_linear`, the last two are not read."""
+    """A product of normalised rows; arguments as `tidar.kernels.products.norm_linear`, tiles and ready are not read."""
     check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
-    return _into(out, _linear(_normed(x, norm, eps, rows), weight, bias), x)
+    wide = _normed(x, norm, eps, rows)
+    if again is not None:
+        wide = _normed(wide, torch.ones_like(wide[0]), again, None)
+    return _into(out, _linear(wide, weight, bias), x)
 
 
 def linear_add(
@@ -108,9 +112,8 @@ def norm(
     eps: float,
     rows: Tensor | None = None,
     out: Tensor | None = None,
-    squares: object = None,
 ) -> Tensor:
-    """Normalised rows; arguments as `tidar.kernels.rowwise.norm`, the last is not read."""
+    """Normalised rows; arguments as `tidar.kernels.rowwise.norm`."""
     check_product(x, weight, None, None, eps, rows, out, x.shape[-1])
     return _into(out, _normed(x, weight, eps, rows), x)
 

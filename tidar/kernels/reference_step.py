@@ -7,16 +7,29 @@ And `rotate_attend` of `tidar.kernels.step_attention`, which is this `rotate` an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
 from tidar.errors import TidarError
-from tidar.kernels.reference import attend, check_pages, write_kv
+from tidar.kernels.reference import attend, by_row, check_pages, write_kv
+from tidar.proposals import levels as likeliest
+from tidar.proposals import ranks
 
-__all__ = ["accept", "check_rotate", "embed", "rotate", "rotate_attend"]
+__all__ = ["Picking", "accept", "check_rotate", "embed", "rotate", "rotate_attend"]
+
+
+class Picking(NamedTuple):
+    """Memory for `tidar.proposals` on the device."""
+
+    chances: Tensor
+    """(B, at least K) float32, of the drafts; the first, which is certain, is not read."""
+    places: Tensor
+    """(B, K) int64 contiguous: `tidar.proposals.ranks` go there."""
+    levels: Tensor
+    """(B, P) int64 contiguous: `tidar.proposals.levels` go there."""
 
 
 def rotate(
@@ -25,21 +38,27 @@ def rotate(
     k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    offsets: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     counts: Tensor,
+    levels: Tensor,
     *,
     eps: float,
+    causal: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `tidar.kernels.rotate.rotate`."""
-    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, offsets, k_pages, v_pages, block_table, lengths, counts)
+    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
     kv_heads = k_pages.shape[2]
     q, k, v = heads.split([query_heads, kv_heads, kv_heads], 2)
     if q_norm is not None and k_norm is not None:
         q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
+    levels = by_row(levels, len(heads))
+    block = (heads.shape[1] - causal) // max(1, levels.shape[1])
+    masks = levels[:, :, None] + torch.arange(block, device=levels.device)
+    first = torch.arange(causal, device=levels.device).expand(len(heads), causal)
+    offsets = torch.cat([first, masks.flatten(1)], 1)
     at = (lengths[:, None] + offsets).clamp(max=cos.shape[0] - 1)
     turn = cos[at][:, :, None], sin[at][:, :, None]
     q, k = _turned(q, *turn), _turned(k, *turn)
@@ -66,10 +85,7 @@ def rotate_attend(
 ) -> Tensor:
     """As `tidar.kernels.step_attention.rotate_attend`: one after the other."""
     cache = k_pages, v_pages, block_table, lengths
-    block = (heads.shape[1] - causal) // max(1, len(levels))
-    masks = levels[:, None] + torch.arange(block, device=levels.device)
-    offsets = torch.cat([torch.arange(causal, device=levels.device), masks.flatten()]).int()
-    q, k, v = rotate(heads, q_norm, k_norm, cos, sin, offsets, *cache, counts, eps=eps)
+    q, k, v = rotate(heads, q_norm, k_norm, cos, sin, *cache, counts, levels, eps=eps, causal=causal)
     return attend(q, k, v, *cache, levels, causal=causal, **options)
 
 
@@ -84,8 +100,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
-def embed(drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int) -> Tensor:
+def embed(
+    drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int, *, picking: Picking | None = None
+) -> Tensor:
     """As `tidar.kernels.accept.embed`."""
+    if picking is not None:
+        picking.places.copy_(ranks(picking.chances[:, 1:count]))
+        picking.levels.copy_(likeliest(picking.places, picking.levels.shape[1]))
     return embedding(pad(drafts[:, :count], (0, queries - count), value=mask_id), table)
 
 
@@ -99,7 +120,7 @@ def accept(
     bad: Tensor,
     *,
     levels: Tensor,
-    kept: Tensor,
+    places: Tensor | None,
     masks: int,
     queries: int,
     seen: Tensor | None = None,
@@ -107,20 +128,26 @@ def accept(
     """As `tidar.kernels.accept.accept`."""
     rows, count = sampled.shape
     n = 1 + (sampled[:, :-1] == drafts[:, 1:count]).cumprod(1).sum(1)
+    block = (levels <= n[:, None]).sum(1) - 1
+    behind = torch.full_like(n, masks)
+    if levels.shape[1]:
+        behind = torch.where(block < 0, behind, n - levels.gather(1, block.clamp(min=0)[:, None])[:, 0])
     for b, (stand, ticket) in enumerate(zip(n.tolist(), tickets.tolist(), strict=True)):
         entry = ring[ticket % len(ring), b]
         entry[0] = -1 if bad.item() else stand
-        entry[1 : 1 + stand] = sampled[b, :stand]
+        entry[1] = behind[b]
+        if places is not None:
+            entry[2] = places[b, stand - 1]
+        entry[3 : 3 + stand] = sampled[b, :stand]
         if seen is not None:
             seen[b, sampled[b, :stand]] = True
     tickets += 1
     drafts[:, 0] = sampled.gather(1, n[:, None] - 1)[:, 0]
     lengths.copy_(torch.minimum(lengths + n, limits))
-    block = kept[n]
-    place = torch.arange(1, masks, device=n.device) + (n - levels[block.clamp(min=0)])[:, None]
+    place = torch.arange(1, masks, device=n.device) + behind[:, None]
     first = torch.arange(rows, device=n.device) * queries + count + block.clamp(min=0) * masks
     states = first[:, None] + place.clamp(max=masks - 1)
-    return states.int(), (place < masks) & (block >= 0)[:, None]
+    return states.int(), place < masks
 
 
 def check_rotate(
@@ -129,14 +156,13 @@ def check_rotate(
     k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    offsets: Tensor | None,
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     counts: Tensor,
 ) -> int:
-    """The number of query heads; `TidarError` unless the arguments fit together. No offsets: nothing to check."""
+    """The number of query heads; `TidarError` unless the arguments fit together."""
     if heads.dim() != 4 or not heads.is_contiguous():
         raise TidarError(f"heads must be contiguous (B, L, A, H), not {tuple(heads.shape)}")
     kv_heads = k_pages.shape[2]
@@ -147,8 +173,6 @@ def check_rotate(
     check_pages(new, new, k_pages, v_pages, block_table, lengths)
     if counts.shape != lengths.shape or counts.dtype != torch.int32:
         raise TidarError(f"counts must be int32 of shape {tuple(lengths.shape)}")
-    if offsets is not None and (offsets.shape != (heads.shape[1],) or offsets.dtype != torch.int32):
-        raise TidarError(f"offsets must be int32 of shape {(heads.shape[1],)}, not {tuple(offsets.shape)}")
     if heads.shape[3] % 2:
         raise TidarError(f"heads of width {heads.shape[3]} have no halves to be turned")
     if cos.shape[1:] != heads.shape[3:] or sin.shape != cos.shape or not (cos.is_contiguous() and sin.is_contiguous()):

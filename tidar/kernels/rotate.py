@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tidar.kernels.attention_kernel import place_of
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference_step import check_rotate
 from tidar.kernels.rotary import columns, turned
@@ -21,10 +22,11 @@ __all__ = ["rotate"]
 
 @triton.jit
 def _rotate(
-    heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, table, eps,
+    heads, q, k, q_norm, k_norm, cos, sin, levels, lengths, counts, k_pages, v_pages, table, eps,
     page_step, slot_step, head_step, table_step, table_width, positions,
     Q: tl.constexpr, K: tl.constexpr, Q_UP: tl.constexpr, K_UP: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
+    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, LEVEL_STEP: tl.constexpr, PAGE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query; program 1 of it takes keys and values."""
     begin(PDL)
@@ -32,7 +34,10 @@ def _rotate(
     line = row * QUERIES + query
     base = heads + line * (Q + 2 * K) * H
     length = tl.load(lengths + row)
-    position = tl.minimum(length + tl.load(offsets + query), positions - 1)
+    place = query
+    if BLOCK:
+        place, _ = place_of(query, levels + row * LEVEL_STEP, True, CAUSAL, BLOCK)
+    position = tl.minimum(length + place, positions - 1)
     column, inside = columns(H, WIDTH)
     column, inside = column[None, :], inside[None, :]
 
@@ -62,14 +67,15 @@ def rotate(
     k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    offsets: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
     lengths: Tensor,
     counts: Tensor,
+    levels: Tensor,
     *,
     eps: float,
+    causal: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and rotate queries and keys; write the first ``counts[b]`` keys and values behind row b's prefix.
 
@@ -84,13 +90,15 @@ def rotate(
         cos: (positions, H) contiguous, of the rotary embedding, a row's halves the same; positions behind its end take
             its last row.
         sin: likewise.
-        offsets: (L,) int32, position of each query behind its row's ``lengths``.
         k_pages: (pages, page_size, Hk, H), written in place.
         v_pages: the same.
         block_table: (B, n) int32; tokens behind its last page are dropped.
         lengths: (B,) int32, committed tokens of each row.
         counts: (B,) int32 in 0 … L.
+        levels: (P,) or (B, P) integers, as of `tidar.kernels.step_attention.attend`; they and ``causal`` say where the
+            queries stand.
         eps: of the norms.
+        causal: C.
 
     Returns:
         Queries (B, L, Hq, H), keys (B, L, Hk, H), and values (B, L, Hk, H), which are a view of ``heads``.
@@ -98,16 +106,18 @@ def rotate(
     Raises:
         TidarError: arguments that do not fit together.
     """
-    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, offsets, k_pages, v_pages, block_table, lengths, counts)
+    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
     rows, queries, _, width = heads.shape
     kv_heads = k_pages.shape[2]
     q = torch.empty(rows, queries, query_heads, width, dtype=heads.dtype, device=heads.device)
     k = torch.empty(rows, queries, kv_heads, width, dtype=heads.dtype, device=heads.device)
     _rotate[queries, rows, 2](
-        heads, q, k, q_norm, k_norm, cos, sin, offsets, lengths, counts, k_pages, v_pages, block_table, eps,
+        heads, q, k, q_norm, k_norm, cos, sin, levels, lengths, counts, k_pages, v_pages, block_table, eps,
         *k_pages.stride()[:3], block_table.stride(0), block_table.shape[1], cos.shape[0],
         Q=query_heads, K=kv_heads, Q_UP=power_of_2(query_heads), K_UP=power_of_2(kv_heads), H=width,
-        WIDTH=power_of_2(width), QUERIES=queries, PAGE=k_pages.shape[1],
+        WIDTH=power_of_2(width), QUERIES=queries, CAUSAL=causal,
+        BLOCK=(queries - causal) // levels.shape[-1] if levels.shape[-1] else 0,
+        LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=k_pages.shape[1],
         **options(heads.device),
     )  # fmt: skip
     return q, k, heads[:, :, query_heads + kv_heads :]

@@ -23,7 +23,7 @@ TAKEN = 1024  # features of a program of _gated
 
 @triton.jit
 def _norm(
-    x, rows, weight, out, squared, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+    x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
 ) -> None:
     begin(PDL)
     at, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
@@ -31,11 +31,7 @@ def _norm(
     wide = tl.load(x + chosen * x_row + column, mask=column < D, other=0.0).to(tl.float32)
     scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
     scaled *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-    narrow = scaled.to(out.dtype.element_ty)
-    tl.store(out + at * out_row + column, narrow, mask=column < D)
-    if squared is not None:
-        wide = narrow.to(tl.float32)
-        tl.store(squared + at, tl.sum(wide * wide, 0))
+    tl.store(out + at * out_row + column, scaled.to(out.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
@@ -54,13 +50,9 @@ def norm(
     eps: float,
     rows: Tensor | None = None,
     out: Tensor | None = None,
-    squares: Tensor | None = None,
 ) -> Tensor:
     """``rmsnorm(x[rows]) · weight``, (N, D); arguments as `tidar.kernels.products.norm_linear`'s, but
     ``weight`` is the norm's (D,).
-
-    Args:
-        squares: (1, N) float32, where to leave the results' sums of squares.
 
     Raises:
         TidarError: arguments that do not fit together.
@@ -69,7 +61,7 @@ def norm(
     out = result(x, rows, x.shape[1]) if out is None else out
     width = power_of_2(x.shape[1])
     _norm[(len(out),)](
-        x, rows, weight, out, squares, eps, x.stride(0), out.stride(0), D=x.shape[1], WIDTH=width,
+        x, rows, weight, out, eps, x.stride(0), out.stride(0), D=x.shape[1], WIDTH=width,
         num_warps=min(8, max(1, width // 512)), **options(x.device),
     )  # fmt: skip
     return out

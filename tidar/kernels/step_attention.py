@@ -76,8 +76,8 @@ def attend(
         v_pages: the same.
         block_table: (B, n) int32, the pages of each row in order; entries behind its prefix mean nothing.
         lengths: (B,) int32, committed tokens of each row, at most ``n · page_size``.
-        levels: (P,) integers in 0 … C, the causal tokens that each block of masks sees. Not checked: they stay on
-            the device.
+        levels: (P,) integers in 0 … C, the causal tokens that each block of masks sees, or (B, P), each row's own. Not
+            checked: they stay on the device.
         causal: C; the other L - C queries are P equal blocks.
         scale: factor on the scores; 1/sqrt(D) by default.
         window: a query sees keys at positions ``> position - window`` only.
@@ -130,7 +130,7 @@ def rotate_attend(
         block_table: (B, n) int32; what it has no page for is not written.
         lengths: (B,) int32, committed tokens of each row.
         counts: (B,) int32 in 0 … C, causal tokens of each row whose keys and values are written.
-        levels: (P,) integers in 0 … C.
+        levels: (P,) or (B, P) integers in 0 … C.
         eps: of the norms.
         causal, scale, window, softcap, sinks, out, workspace: as of `attend`.
 
@@ -141,7 +141,7 @@ def rotate_attend(
         TidarError: arguments that do not fit together.
     """
     cache = k_pages, v_pages, block_table, lengths
-    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, None, *cache, counts)
+    query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, *cache, counts)
     q, k, v = heads.split([query_heads, k_pages.shape[2], k_pages.shape[2]], 2)
     check_step(q, k, v, *cache, levels, causal, scale, window, softcap, sinks)
     rotary = q_norm, k_norm, cos, sin, counts
@@ -170,7 +170,7 @@ def _launch(
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TidarError(f"the kernel has no {q.dtype}: use tidar.kernels.reference")
     rows, length, query_heads, width = q.shape
-    heads, page, blocks = k_new.shape[2], k_pages.shape[1], levels.shape[0]
+    heads, page, blocks = k_new.shape[2], k_pages.shape[1], levels.shape[-1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
         raise TidarError(f"out must be contiguous, {tuple(q.shape)} and {q.dtype}")
@@ -207,7 +207,8 @@ def _launch(
         out, workspace.part, workspace.peaks, workspace.totals, workspace.arrived, inner, factor,
         eps, 0 if turned is None else turned.shape[0], block_table.stride(0), block_table.shape[1],
         Q_STEPS=q.stride(), K_STEPS=k_new.stride(), V_STEPS=v_new.stride(), PAGE_STEPS=k_pages.stride(),
-        CAUSAL=causal, BLOCK=block, PAGE=page, WINDOW=window or 0, SOFTCAP=softcap is not None, KEYS=chosen.keys,
+        CAUSAL=causal, BLOCK=block, LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=page,
+        WINDOW=window or 0, SOFTCAP=softcap is not None, KEYS=chosen.keys,
         OWN=own if turned is None else min(own, TURNED), FEW=joined["FEW"], APART=apart, **fixed,
         num_warps=chosen.warps, num_stages=chosen.stages, **contraction,
         **options(q.device, late=chosen.rows < 64),

@@ -1,0 +1,63 @@
+"""Which numbers of accepted drafts a step drafts ahead for: the likeliest ones, judged by the drafts' own chances.
+
+The paper drafts for every outcome, K blocks of masks (section 3.2). Most of them are improbable: where one draft is
+doubtful and the rest are not, two blocks meet nearly every outcome. So P of the K outcomes are picked anew in every
+step. What is picked changes how many drafts stand, never a token.
+
+Shapes: B rows, K drafts (the certain token among them), P proposals.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidar.errors import TidarError
+
+__all__ = ["chance", "check_proposals", "levels", "outcomes", "ranks"]
+
+
+def check_proposals(draft_len: int, proposals: int | None) -> int:
+    """P: as many as drafts by default.
+
+    Raises:
+        TidarError: a draft length below 1, or proposals outside 1 … K.
+    """
+    if draft_len < 1:
+        raise TidarError(f"draft length must be at least 1, not {draft_len}")
+    chosen = draft_len if proposals is None else proposals
+    if not 1 <= chosen <= draft_len:
+        raise TidarError(f"proposals must lie between 1 and the draft length {draft_len}, not {chosen}")
+    return chosen
+
+
+def chance(logits: Tensor, drafts: Tensor) -> Tensor:
+    """Probabilities (B, R) of ``drafts`` (B, R) by their logits (B, R, V), before temperature and filters."""
+    return (logits.gather(2, drafts[..., None])[..., 0] - logits.logsumexp(2)).exp()
+
+
+def outcomes(chances: Tensor) -> Tensor:
+    """Probabilities (B, K) that exactly 1 … K drafts stand.
+
+    Args:
+        chances: (B, K - 1) floating point in 0 … 1, of each draft behind the certain token, as of `chance` or of
+            `tidar.kernels.chain.chain`, which serve alike; 0 of a draft that nobody made.
+    """
+    # The model's own choice is the draft more often than the draft was probable: about as often as its root says.
+    stands = chances.sqrt()
+    one = stands.new_ones(len(stands), 1)
+    return torch.cat([one, stands.cumprod(1)], 1) * (1 - torch.cat([stands, 0 * one], 1))
+
+
+def ranks(chances: Tensor) -> Tensor:
+    """Places (B, K) int64, from 0, of the outcomes 1 … K when the likeliest come first, and the least among equals."""
+    likely = outcomes(chances)
+    here, there = likely[:, :, None], likely[:, None, :]
+    earlier = torch.ones(likely.shape[1], likely.shape[1], dtype=torch.bool, device=likely.device).tril(-1)
+    return ((there > here) | ((there == here) & earlier)).sum(2)
+
+
+def levels(places: Tensor, count: int) -> Tensor:
+    """The ``count`` likeliest numbers of drafts (B, P) int64 in 1 … K, ascending; ``places`` as of `ranks`."""
+    chosen = places < count
+    return chosen.nonzero()[:, 1].view(len(places), count) + 1
