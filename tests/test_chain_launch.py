@@ -178,6 +178,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "out": ({"out": torch.zeros(2, 5, dtype=torch.int32)}, "out must be"),
     "chances": ({"chances": torch.zeros(2, 5, dtype=torch.float64)}, "chances must be"),
     "chances of others": ({"chances": torch.zeros(2, 6)}, "chances must be"),
+    "rows of a batch": ({"rows": torch.zeros(2, 5, dtype=torch.int32)}, "if rows are chosen"),
+    "rows": (
+        {"base": torch.zeros(9, 77), "state": torch.zeros(9, 24), "rows": torch.zeros(2, 5, dtype=torch.int64)},
+        "rows must be",
+    ),
     "shortlists": ({"shortlists": Shortlists.for_step(2, 4, device=DEVICE)}, "shortlists were made for"),
 }
 

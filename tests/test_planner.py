@@ -16,16 +16,19 @@ from tidar.decode import generation
 from tidar.decode.plan import AR, Outcome, Plan, Shape, candidates, few, shapes
 from tidar.decode.planned import PlannedDecoder, measure
 from tidar.decode.planner import (
+    BELOW,
     DOUBT,
-    FELL,
     FORGET,
     FRESH,
+    LIKELY,
     PRIOR,
     TAIL,
     TAILS,
+    UNLIKELY,
     Acceptance,
     Clock,
     Counts,
+    Cover,
     Measured,
     Rates,
     Times,
@@ -53,56 +56,61 @@ def even(rate: float, longest: int) -> Rates:
     return np.array([[1.0] + [rate] * (longest - 1)] * 3)
 
 
+def even_cover(covered: float) -> Cover:
+    return Cover(covered, covered)
+
+
 def quickest(
-    plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan, covered: Callable[[Plan], float] | None = None
+    plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan, cover: Callable[[Plan], Cover] | None = None
 ) -> Plan:
-    told = Acceptance().covered if covered is None else covered
+    told = Acceptance().cover if cover is None else cover
     return best({plan: speed(plan, rates, told(plan), times) for plan in plans}, keep)
 
 
-def simulated(plan: Plan, rates: Rates, covered: float, steps: int) -> float:
-    """Tokens a step, drafts accepted by chance, and what comes drafted for by chance: proposals that know nothing of it
-    lie evenly among 1 … K."""
-    draw, made, behind, fell = random.Random(0), 0, 0, False
+def simulated(plan: Plan, rates: Rates, cover: Cover, steps: int) -> float:
+    """Tokens a step, drafts accepted by chance, and what comes likely or drafted for by chance: proposals that know
+    nothing of it lie evenly among 1 … K, and two thirds as often above it as that says."""
+    draw, made, behind, unlikely = random.Random(0), 0, 0, False
     k = plan.draft_len
     gap = max(1, round((k - plan.proposals) / (plan.proposals + 1)))
     for _ in range(steps):
-        n, kind = 1, 2 if behind else 0 if fell else 1
+        n, kind = 1, 2 if behind else 0 if unlikely else 1
         while behind + n < k and draw.random() < rates[kind, n]:
             n += 1
         made += n
-        behind, fell = 0, n == 1
-        if draw.random() >= covered:
-            nothing = n == 1 or draw.random() < 1 / (plan.proposals + 1)
+        came = draw.random()
+        behind, unlikely = 0, came >= cover.likely
+        if came >= cover.drafted:
+            nothing = n == 1 or draw.random() < BELOW / (plan.proposals + 1)
             behind = k - 1 if nothing else min(k - 1, draw.randint(1, min(gap, n - 1)))
     return made / steps
 
 
-@pytest.mark.parametrize("covered", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize("cover", [(1.0, 1.0), (0.6, 1.0), (0.6, 0.6), (0.3, 0.8), (0.0, 0.0)])
 @pytest.mark.parametrize("proposals", [1, 2, 5, 7, 8])
 @pytest.mark.parametrize("rates", [FALLING, even(0.3, 8), even(1, 8)], ids=["falling", "poor", "perfect"])
-def test_tokens_per_step(proposals: int, rates: Rates, covered: float) -> None:
+def test_tokens_per_step(proposals: int, rates: Rates, cover: tuple[float, float]) -> None:
     plan = Plan("tidar", 8, proposals)
-    expected = simulated(plan, rates, covered, 60_000)
-    assert tokens_per_step(plan, rates, covered) == pytest.approx(expected, rel=0.02)
+    expected = simulated(plan, rates, Cover(*cover), 60_000)
+    assert tokens_per_step(plan, rates, Cover(*cover)) == pytest.approx(expected, rel=0.02)
 
 
 def test_more_is_made_where_more_is_drafted_for() -> None:
     for count in (1, 3, 6):
-        made = [tokens_per_step(Plan("tidar", 8, count), FALLING, covered) for covered in (0.0, 0.3, 0.7, 1.0)]
-        assert made == sorted(made) and made[0] < 0.9 * made[-1]
-    assert tokens_per_step(Plan("tidar", 8, 3), FALLING) == tokens_per_step(Plan("tidar", 8, 3), FALLING, 1.0)
+        for covers in ([even_cover(share) for share in (0.0, 0.3, 0.7, 1.0)], [Cover(n, 1.0) for n in (0, 0.4, 1)]):
+            made = [tokens_per_step(Plan("tidar", 8, count), FALLING, cover) for cover in covers]
+            assert made == sorted(made) and made[0] < 0.9 * made[-1]
 
 
 def test_tokens_per_step_of_the_others() -> None:
-    assert tokens_per_step(AR, FALLING) == 1
-    linear = Plan("linear", 3)
-    assert tokens_per_step(linear, FALLING) == pytest.approx(
-        (simulated(linear, FALLING, 1.0, 60_000) + 1) / 2, rel=0.02
+    assert tokens_per_step(AR, FALLING, even_cover(1)) == 1
+    linear, most = Plan("linear", 3), Cover(0.7, 1.0)
+    assert tokens_per_step(linear, FALLING, most) == pytest.approx(
+        (simulated(linear, FALLING, most, 60_000) + 1) / 2, rel=0.02
     )
     one = np.stack([FALLING[1], FALLING[1], FALLING[2]])  # what stood before does not count
-    assert tokens_per_step(linear, one) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
-    assert tokens_per_step(Plan("tidar", 3, 3), one) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
+    assert tokens_per_step(linear, one, most) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
+    assert tokens_per_step(Plan("tidar", 3, 3), one, most) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
 
 
 def test_choices() -> None:
@@ -124,10 +132,10 @@ def test_how_many_proposals_are_enough() -> None:
     firm, poor = even(0.85, 16), even(0.85, 16)
     poor[2, 1:] = 0.1
 
-    def nothing(plan: Plan) -> float:
-        return plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0
+    def nothing(plan: Plan) -> Cover:
+        return even_cover(plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0)
 
-    assert quickest(plans, firm, dear, AR, lambda _: 1.0) == Plan("tidar", 16, 1)
+    assert quickest(plans, firm, dear, AR, lambda _: even_cover(1.0)) == Plan("tidar", 16, 1)
     assert quickest(plans, firm, dear, AR, nothing) == Plan("tidar", 16, 15)
     long = [plan for plan in plans if plan.draft_len == 16]
     assert quickest(long, firm, dear, AR).proposals < quickest(long, poor, dear, AR).proposals < 15
@@ -144,12 +152,12 @@ def saw(seen: Acceptance, *rows: tuple[int, int, int]) -> None:
 
 def test_acceptance_is_what_was_seen_lately() -> None:
     seen = Acceptance()
-    supposed = np.array([[0.7], [0.7], [0.7 * TAIL]])
+    supposed = np.array([[0.7 * TAIL], [0.7], [0.7 * TAIL * TAIL]])
     assert seen.rates(4)[:, 1:] == pytest.approx(np.tile(supposed, 3))
     for _ in range(300):
-        saw(seen, (FRESH, 3, 1), (FRESH, 3, 3), (FELL, 2, 0), (TAILS, 2, 0), (TAILS, 2, 1))
-    fell, fresh, tail = seen.rates(4)
-    assert fell[:2] == pytest.approx([1, 0], abs=0.03)
+        saw(seen, (FRESH, 3, 1), (FRESH, 3, 3), (UNLIKELY, 2, 0), (TAILS, 2, 0), (TAILS, 2, 1))
+    unlikely, fresh, tail = seen.rates(4)
+    assert unlikely[:2] == pytest.approx([1, 0], abs=0.03)
     assert fresh == pytest.approx([1, 1, 1 / 2, 1], abs=0.03)
     assert tail[:3] == pytest.approx([1, 1 / 2, 0], abs=0.03), "wherever it begins"
     assert 0.5 < seen.rates(6)[1, 5] < 1, "never seen: like the others"
@@ -158,33 +166,40 @@ def test_acceptance_is_what_was_seen_lately() -> None:
     assert seen.rates(4)[1, 1] < 0.03
 
 
+def drafted(seen: Acceptance, plan: Plan) -> float:
+    cover = seen.cover(plan)
+    share = plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0
+    assert (cover.likely == cover.drafted) == (share <= LIKELY or cover.drafted == seen.cover(AR).likely)
+    return cover.drafted
+
+
 def test_covered_is_what_was_seen_lately() -> None:
     seen, draw = Acceptance(), random.Random(0)
     alone = Plan("tidar", 8, 1)
-    assert seen.covered(alone) == pytest.approx(0.6, abs=0.02)
-    assert seen.covered(Plan("tidar", 16, 1)) == pytest.approx(0.37, abs=0.02)
-    rising = [seen.covered(Plan("tidar", 16, count)) for count in range(1, 17)]
+    assert drafted(seen, alone) == pytest.approx(0.6, abs=0.02)
+    assert drafted(seen, Plan("tidar", 16, 1)) == pytest.approx(0.37, abs=0.02)
+    rising = [drafted(seen, Plan("tidar", 16, count)) for count in range(1, 17)]
     assert rising == sorted(rising) and rising[-1] == 1.0
     for _ in range(400):
         seen.placed(8, np.array([0, 3]))
     for count, share in ((1, 1 / 2), (3, 1 / 2), (4, 1), (8, 1)):
-        assert seen.covered(Plan("tidar", 8, count)) == pytest.approx(share, abs=0.01)
+        assert drafted(seen, Plan("tidar", 8, count)) == pytest.approx(share, abs=0.01)
     # What was seen with 8 drafts serves others; the halves of a place as likely as each other.
     for count, share in ((1, 1 / 4), (2, 1 / 2), (6, 1 / 2), (7, 3 / 4), (8, 1)):
-        assert seen.covered(Plan("tidar", 16, count)) == pytest.approx(share, abs=0.01)
-    assert seen.covered(Plan("tidar", 4, 1)) == pytest.approx(1 / 2, abs=0.01)
+        assert drafted(seen, Plan("tidar", 16, count)) == pytest.approx(share, abs=0.01)
+    assert drafted(seen, Plan("tidar", 4, 1)) == pytest.approx(1 / 2, abs=0.01)
     for _ in range(400):
         seen.placed(16, np.array([draw.randrange(16)]))
     for count in range(1, 16):
-        assert seen.covered(Plan("tidar", 16, count)) == pytest.approx(count / 16, abs=0.15)
-    assert seen.covered(AR) == seen.covered(Plan("linear", 8)) == seen.covered(Plan("tidar", 8, 8)) == 1
+        assert drafted(seen, Plan("tidar", 16, count)) == pytest.approx(count / 16, abs=0.15)
+    assert drafted(seen, AR) == drafted(seen, Plan("linear", 8)) == drafted(seen, Plan("tidar", 8, 8)) == 1
 
 
 def test_outcomes_count_one_by_one() -> None:
     """By hand: each row as much as another, each step a little less than the next."""
     draw, steps = random.Random(1), 30
     seen, hits, asked = Acceptance(), np.zeros(9), 0.0
-    before = [seen.covered(Plan("tidar", 8, count)) for count in range(1, 9)]
+    before = [drafted(seen, Plan("tidar", 8, count)) for count in range(1, 9)]
     for _ in range(steps):
         places = [draw.randrange(8) for _ in range(draw.randint(1, 4))]
         seen.placed(8, np.array(places))
@@ -195,7 +210,7 @@ def test_outcomes_count_one_by_one() -> None:
     left = PRIOR[1] * FORGET**steps  # of what was believed
     for count in range(1, 9):
         share = (hits[count] + left * before[count - 1]) / (asked + left)
-        assert seen.covered(Plan("tidar", 8, count)) == pytest.approx(share)
+        assert drafted(seen, Plan("tidar", 8, count)) == pytest.approx(share)
 
 
 def test_rows_of_a_step_count_one_by_one() -> None:
@@ -214,23 +229,23 @@ def test_rows_of_a_step_count_one_by_one() -> None:
 
 
 def test_kinds_that_a_plan_has_not_are_supposed_from_those_that_it_has() -> None:
-    """With one proposal fresh drafts are those of hard places only: what more proposals would make is not judged by
-    them, and what was once judged is asked again."""
+    """With few proposals fresh drafts are behind likely outcomes only: what more proposals would make is not judged by
+    them but by tails, and what was once judged is asked again."""
     seen = Acceptance()
     for _ in range(200):
-        saw(seen, (FELL, 8, 1), (TAILS, 8, 6))
-    fell, fresh, tail = seen.rates(8)
-    assert fell[2] < 0.1 and tail[2] > 0.9, "as seen"
-    assert (fresh[1:] > 0.85).all() and (fresh[1:] <= 0.97).all(), "as tails are, and better"
+        saw(seen, (FRESH, 8, 8), (TAILS, 8, 1))
+    unlikely, fresh, tail = seen.rates(8)
+    assert fresh[2] > 0.9 and tail[2] < 0.1, "as seen"
+    assert 0.3 < unlikely[3] < 0.7, "as tails are, and better"
     for _ in range(100):
-        saw(seen, (FRESH, 8, 0))
-    assert seen.rates(8)[1, 1] < 0.1
+        saw(seen, (UNLIKELY, 8, 8))
+    assert seen.rates(8)[0, 1] > 0.9
     for _ in range(100):
-        saw(seen, (TAILS, 8, 6))
-    assert seen.rates(8)[1, 1] < 0.2, "not forgotten at once"
+        saw(seen, (TAILS, 8, 0))
+    assert seen.rates(8)[0, 1] > 0.8, "not forgotten at once"
     for _ in range(2000):
-        saw(seen, (TAILS, 8, 6))
-    assert seen.rates(8)[1, 1] > 0.8
+        saw(seen, (TAILS, 8, 0))
+    assert seen.rates(8)[0, 1] < 0.2
 
 
 def test_times() -> None:
@@ -397,7 +412,7 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def noting(plan: Plan, *_: object, looked: list[Plan] = looked) -> float:
             looked.append(plan)
-            return tokens_per_step(plan, even(0.9, 33))
+            return tokens_per_step(plan, even(0.9, 33), even_cover(1.0))
 
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)

@@ -454,7 +454,8 @@ for rows in (1, 16, 32, 64, 256):
         given = dict(squares=not add, rows=chosen, into=into, bias=name == "qkv", part=split, arrived=split)
         given |= dict.fromkeys(("norm", "scaled", "squared"), add and not into)
         fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(scale=None)
-        fixed |= dict(ADD=add, TWICE=name == "head" and rows > 1, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
+        fixed |= dict(ADD=add, TWICE=name == "head" and rows > 1, PDL=1 + (plan.rows < 64))
+        fixed |= dict(CHUNKS=0 if add else 96, HELD=1 if add else 128)
         names = product.arg_names
         types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16")
         types |= dict(rows="*i64", into="*i32", eps="fp32", again="fp32")

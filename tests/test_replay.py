@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runs import replay
 from runs.plot_bench import REFERENCE
 from tidar.decode.plan import Plan
-from tidar.decode.planner import TAIL, tokens_per_step
+from tidar.decode.planner import TAIL
 from tidar.errors import TidarError
 
 
@@ -25,12 +25,12 @@ def test_rates_are_those_that_made_the_counts() -> None:
     made = [1 + int(np.argmin([*(rng.random(3) < rates[1:]), False])) for _ in range(100_000)]
     line = {"accepted": [made.count(n) for n in range(1, 5)]}
     assert replay.recorded(line) == pytest.approx(np.stack([rates, rates, np.append(1.0, TAIL * rates[1:])]), abs=0.01)
-    assert tokens_per_step(Plan("tidar", 4, 4), replay.recorded(line)) == pytest.approx(np.mean(made), 0.01)
+    assert replay.computed(Plan("tidar", 4, 4), replay.recorded(line)) == pytest.approx(np.mean(made), 0.01)
 
 
 def test_one_rate_for_the_papers_tokens() -> None:
     rates = replay.constant(7.45, 16)
-    assert tokens_per_step(Plan("tidar", 16, 16), rates) == pytest.approx(7.45)
+    assert replay.computed(Plan("tidar", 16, 16), rates) == pytest.approx(7.45)
     assert len(set(rates[1, 1:])) == 1
 
 

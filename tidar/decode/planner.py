@@ -5,11 +5,11 @@ commits; from the time that steps take, tokens a second follow. Both are learned
 measured once. By the contract no choice changes a token.
 
 An outcome that was not drafted for leaves the *tail* of a lower proposal's block, whose masks saw fewer drafts, or no
-drafts at all; other drafts are *fresh*. How often the P likeliest of K outcomes cover the one that comes is learned
-too. A tail begins behind a draft that was wrong, so it stands less often, wherever in its block it begins. And where
-none of the last drafts stood the next ones seldom do, which plans meet unequally. So what is learned is how often the
-first, second, … draft behind the certain token stood, of three kinds of drafts: fresh ones behind a step of which no
-draft stood, other fresh ones, and tails.
+drafts at all; other drafts are *fresh*. A tail begins behind a draft that was wrong, so it stands less often, wherever
+in its block it begins. And behind an outcome that was *unlikely* drafts stand less often than behind a likely one,
+which plans meet unequally: few proposals are for likely outcomes alone. So what is learned is how often the first,
+second, … draft behind the certain token stood, of three kinds of drafts: fresh ones behind an unlikely outcome, other
+fresh ones, and tails; and how often the outcome that came was among the likeliest.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from statistics import median
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tidar.decode.plan import Plan, Shape, shapes
 
-__all__ = ["TAIL", "Acceptance", "Clock", "Measured", "Rates", "Times", "best", "speed", "tokens_per_step"]
+__all__ = ["TAIL", "Acceptance", "Clock", "Cover", "Measured", "Rates", "Times", "best", "speed", "tokens_per_step"]
 
 FORGET, STALE = 0.98, 0.995
 """What an observation still weighs one step later: some fifty steps count. And of a kind of drafts that the step did
@@ -43,9 +43,13 @@ COVER = 7.0
 this power. So the first of eight covers 61 %, and the first of sixteen 36 %."""
 GRID = np.linspace(0, 1, 65)
 """Shares of all outcomes at which it is counted how often they covered."""
+LIKELY = 0.2
+"""The share of all outcomes, the likeliest, that are no surprise: they cover some three quarters."""
+BELOW = 2 / 3
+"""How often an outcome that was not drafted for lies below all that were; 1 is as often as if these stood anywhere."""
 KINDS = 3
-FELL, FRESH, TAILS = range(KINDS)
-"""Kinds of drafts: fresh ones behind a step of which none stood, other fresh ones, and tails."""
+UNLIKELY, FRESH, TAILS = range(KINDS)
+"""Kinds of drafts: fresh ones behind an unlikely outcome, other fresh ones, and tails."""
 MARGIN = 1.03
 """How much quicker another plan must look: looks are noisy, and changing costs a step."""
 
@@ -67,7 +71,7 @@ class Acceptance:
         """Take what one step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
 
         Args:
-            kinds: (R,), `FELL`, `FRESH` or `TAILS`.
+            kinds: (R,), `UNLIKELY`, `FRESH` or `TAILS`.
             counts: (R,), how many there were, at least 1.
             accepted: (R,), how many of them were accepted.
         """
@@ -91,14 +95,14 @@ class Acceptance:
         self._covered = FORGET * self._covered + (GRID * drafts - places[:, None]).clip(0, 1).sum(0)
         self._placed = FORGET * self._placed + len(places)
 
-    def covered(self, plan: Plan) -> float:
-        """How often an outcome is among those that a plan drafts for."""
-        if plan.method != "tidar" or plan.proposals >= plan.draft_len:
-            return 1.0
-        return float(np.interp(plan.proposals / plan.draft_len, GRID, self._covered)) / self._placed
+    def cover(self, plan: Plan) -> Cover:
+        """How often outcomes are what a plan is prepared for."""
+        share = plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0
+        likely, drafted = np.interp([LIKELY, min(share, 1.0)], GRID, self._covered) / self._placed
+        return Cover(min(float(likely), float(drafted)), float(drafted))
 
     def rates(self, longest: int) -> Rates:
-        """(3, longest) probabilities, of fresh drafts where the last ones fell, of others, and of tails; entry 0, the
+        """(3, longest) probabilities, of fresh drafts behind unlikely outcomes, of others, and of tails; entry 0, the
         certain token, is 1.
 
         A place hardly seen takes after those seen of its kind, and a kind hardly seen after the others.
@@ -109,36 +113,49 @@ class Acceptance:
         seen, hits = told[:KINDS], told[KINDS:]
         value, weight = PRIOR
         stood, asked = hits[:, 1:].sum(1), seen[:, 1:].sum(1)
-        fell = (stood[0] + value * weight) / (asked[0] + weight)
-        both = asked[1] + asked[2]
-        fresh = min(MOST, float(stood[1] + stood[2] / TAIL) / both) if both > weight else fell
-        fresh = (stood[1] + fresh * weight) / (asked[1] + weight)
-        tail = (stood[2] + TAIL * fresh * weight) / (asked[2] + weight)
-        general = np.array([fell, fresh, tail])[:, None]
+        fresh = (stood[1] + value * weight) / (asked[1] + weight)
+        # Tails begin behind outcomes that were not drafted for, unlikely ones.
+        both = asked[0] + asked[2]
+        unlikely = min(MOST, float(stood[0] + stood[2] / TAIL) / both) if both > weight else TAIL * fresh
+        unlikely = (stood[0] + unlikely * weight) / (asked[0] + weight)
+        tail = (stood[2] + TAIL * unlikely * weight) / (asked[2] + weight)
+        general = np.array([unlikely, fresh, tail])[:, None]
         rates: Rates = (hits + general * weight) / (seen + weight)
         rates[:, 0] = 1
         return rates
 
 
-def tokens_per_step(plan: Plan, rates: Rates, covered: float = 1.0) -> float:
+class Cover(NamedTuple):
+    """How often outcomes are what a step was prepared for."""
+
+    likely: float
+    """Drafted for, and no surprise."""
+    drafted: float
+    """Drafted for."""
+
+
+def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
     """Tokens a step of ``plan`` commits on average, in the long run.
 
     Args:
         plan: the policy.
         rates: (3, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
-        covered: how often an outcome is drafted for, as of `Acceptance.covered`.
+        cover: as of `Acceptance.cover`.
     """
     k = plan.draft_len
     if plan.method == "ar" or k == 1:
         return 1.0
     survive = np.cumprod(rates[:, :k], axis=1)
-    # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 where the last ones fell, and
-    # k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.
+    # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 behind an unlikely outcome,
+    # and k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.
     kinds, there = _states(k)
     chain = np.zeros((k + 1, k + 1))
     chain[:, :k] = survive[kinds] * there
-    hit, missed = _moves(k, plan.proposals)
-    moves = (chain[:, :-1] - chain[:, 1:]) @ (covered * hit + (1 - covered) * missed)
+    # What an outcome leads to: fresh drafts, whatever it is, or what it leaves where it was not drafted for.
+    leads = (1 - cover.drafted) * _missed(k, plan.proposals if plan.method == "tidar" else k)
+    leads[:, k] += cover.likely
+    leads[:, 0] += cover.drafted - cover.likely
+    moves = (chain[:, :-1] - chain[:, 1:]) @ leads
     share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
     for _ in range(8):
         share = share @ share
@@ -154,10 +171,10 @@ def _states(k: int) -> tuple[Counts, NDArray[np.bool_]]:
     return kinds, np.add.outer(begins, np.arange(k)) < k
 
 
-def speed(plan: Plan, rates: Rates, covered: float, seconds: Callable[[Shape], float]) -> float:
+def speed(plan: Plan, rates: Rates, cover: Cover, seconds: Callable[[Shape], float]) -> float:
     """Tokens a second of ``plan``, where steps take so many ``seconds``; the rest as of `tokens_per_step`."""
     steps = shapes(plan)
-    return tokens_per_step(plan, rates, covered) * len(steps) / sum(seconds(shape) for shape in steps)
+    return tokens_per_step(plan, rates, cover) * len(steps) / sum(seconds(shape) for shape in steps)
 
 
 def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
@@ -167,23 +184,20 @@ def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
 
 
 @cache
-def _moves(k: int, proposals: int) -> tuple[Rates, Rates]:
-    """Two of (k, k + 1): which state (column) the next drafts are in if exactly n = 1 … k stand (row), where that was
-    drafted for and where it was not.
+def _missed(k: int, proposals: int) -> Rates:
+    """(k, k + 1): the next drafts' state (column) if exactly n = 1 … k stand (row) and that was not drafted for.
 
-    Proposals that know nothing of n cut 1 … k into as many parts and one; below the lowest there are no drafts.
+    Proposals cut 1 … k into as many parts and one; below the lowest there are no drafts.
     """
-    hit, missed = np.zeros((k, k + 1)), np.zeros((k, k + 1))
-    hit[0, 0] = 1
-    hit[1:, k] = 1
+    missed = np.zeros((k, k + 1))
     apart = max(1, round((k - proposals) / (proposals + 1)))
-    none = 1 / (proposals + 1)
+    none = BELOW / (proposals + 1)
     for n in range(1, k + 1):
         tails = min(apart, n - 1)
         missed[n - 1, k - 1] = none if tails else 1
         for behind in range(1, tails + 1):
             missed[n - 1, min(behind, k - 1)] += (1 - none) / tails
-    return hit, missed
+    return missed
 
 
 class Clock(Protocol):

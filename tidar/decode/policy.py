@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
-from tidar.decode.planner import FELL, FRESH, TAILS, Acceptance, Clock, best, speed
+from tidar.decode.planner import FRESH, LIKELY, TAILS, UNLIKELY, Acceptance, Clock, best, speed
 
 __all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
@@ -124,11 +124,12 @@ class Planning:
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
-        self._fell = np.zeros(0, dtype=np.bool_)  # whether none stood of the last drafts
+        self._unlikely = np.zeros(0, dtype=np.bool_)  # whether what came of the last drafts was
 
     def open(self, rows: int) -> int:
         self._new = True
-        self._block, self._behind, self._fell = self._draft_len, np.zeros(rows, np.int64), np.zeros(rows, np.bool_)
+        self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
+        self._unlikely = np.zeros(rows, np.bool_)
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
@@ -167,10 +168,11 @@ class Planning:
         count = np.minimum(shape.drafts, self._block - self._behind) - 1
         tested = count > 0
         if tested.any():
-            kinds = np.where(self._behind > 0, TAILS, np.where(self._fell, FELL, FRESH))
+            kinds = np.where(self._behind > 0, TAILS, np.where(self._unlikely, UNLIKELY, FRESH))
             self.acceptance.update(kinds[tested], count[tested], np.minimum(n - 1, count)[tested])
-            self.acceptance.placed(shape.drafts, np.asarray(outcome.places, dtype=np.int64)[tested])
-            self._fell = np.where(tested, n == 1, self._fell)
+            places = np.asarray(outcome.places, dtype=np.int64)
+            self.acceptance.placed(shape.drafts, places[tested])
+            self._unlikely = np.where(tested, places >= LIKELY * shape.drafts, self._unlikely)
         self._block = shape.masks
         self._behind = np.asarray(outcome.behind, dtype=np.int64)
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
@@ -178,13 +180,13 @@ class Planning:
             self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def select(self, rows: Sequence[int]) -> None:
-        self._behind, self._fell = self._behind[list(rows)], self._fell[list(rows)]
+        self._behind, self._unlikely = self._behind[list(rows)], self._unlikely[list(rows)]
 
     def _look(self, share: int) -> Iterator[Plan]:
         """Look at ``share`` plans at a time, then follow the quickest."""
         rates, speeds = self.acceptance.rates(self._draft_len), {}
         for number, plan in enumerate(self._plans, 1):
-            speeds[plan] = speed(plan, rates, self.acceptance.covered(plan), self.times)
+            speeds[plan] = speed(plan, rates, self.acceptance.cover(plan), self.times)
             if number % share == 0:
                 yield plan
         self.plan = best(speeds, self.plan)

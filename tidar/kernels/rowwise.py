@@ -22,9 +22,7 @@ TAKEN = 1024  # features of a program of _gated
 
 
 @triton.jit
-def _norm(
-    x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
-) -> None:
+def _norm(x, rows, weight, out, eps, x_row, out_row, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr) -> None:
     begin(PDL)
     at, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     chosen = at if rows is None else tl.load(rows + at).to(tl.int64)
