@@ -2,7 +2,8 @@
 
     python runs/plot_bench.py [--step FILE] [--decode FILE] [--out docs/figures/bench.png] [--tables]
 
-Of every configuration the newest line counts. The left panel shows single rows, greedy, of all models; the right one
+Of every configuration the newest line counts, and nothing that was measured before the AR line that it is compared with:
+a new run takes the place of a whole old one. The left panel shows single rows, greedy, of all models; the right one
 the reference checkpoint at batch 1, the methods that were timed on as many prompts as AR. With --tables the tables of
 docs/benchmarks.md are printed as well, baselines and batches included. Quantised weights are not drawn, and have tables
 of their own.
@@ -38,7 +39,7 @@ Line = dict[str, Any]
 
 
 def newest(path: Path, keys: Sequence[str]) -> list[Line]:
-    """The newest line of each configuration, in the order in which configurations first appear.
+    """The newest line of each configuration, in the order in which configurations first appear; see above.
 
     Args:
         path: a file that `tidar bench --record` wrote.
@@ -58,7 +59,18 @@ def newest(path: Path, keys: Sequence[str]) -> list[Line]:
         raise TidarError(f"cannot read {path} ({error!r}): name a file that `tidar bench --record` wrote") from error
     if not found:
         raise TidarError(f"{path} is empty: measure with runs/bench.sh first")
-    return list(found.values())
+    return _of_last_runs(list(found.values()), keys)
+
+
+def _of_last_runs(lines: Sequence[Line], keys: Sequence[str]) -> list[Line]:
+    """Without those that are older than the AR line of their configuration, and of as many prompts."""
+    name = next(key for key in keys if key in ("step", "method"))
+
+    def run_of(line: Line) -> str:
+        return json.dumps([*(line[key] for key in keys if key != name), line.get("prompts")], sort_keys=True)
+
+    began = {run_of(line): line["provenance"]["date"] for line in lines if line[name] == "ar"}
+    return [line for line in lines if line["provenance"]["date"] >= began.get(run_of(line), "")]
 
 
 def usual(line: Line) -> bool:

@@ -326,7 +326,8 @@ def stepped(model: str, step: str, queries: int, milliseconds: float, *, day: in
 
 
 def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = [stepped("large", "ar", 1, 4.0, day=2), stepped("large", "ar", 1, 9.0), stepped("large", "tidar", 20, 8.0)]
+    steps = [stepped("large", "ar", 1, 4.0, day=2), stepped("large", "ar", 1, 9.0)]
+    steps += [stepped("large", "tidar", 20, 8.0, day=2), stepped("large", "verify", 8, 79.0)]  # of the run before
     steps += [stepped("python-17m", name, n, 1.0 + n) for name, n in (("tidar", 20), ("draft", 5), ("ar", 1))]
     steps += [stepped("large", "ar", 1, 77.0, sampled=True), stepped("large", "ar", 1, 78.0, batch=4)]
     hot: dict[str, Any] = {"sampling": {"temperature": 0.8, "top_p": 0.95}}
@@ -352,7 +353,7 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     printed = capsys.readouterr().out
     assert "| ar | 1 | 4.000 | 0.500, memory | 12.5 % | 4.00 |" in printed  # the newest, though it stands first
-    assert not any(f"{wrong}.000" in printed for wrong in (9, 77, 78))
+    assert not any(f"{wrong}.000" in printed for wrong in (9, 77, 78, 79))
     assert "| tidar k=4 | 12,500 | 2.50x | 2.25–2.75 | 2.00 | 0.250 | 7/8 |" in printed  # of one day, the last
     assert "| prompt lookup | 100 | 0.020x | 0.018–0.022 |  |  | 7/8 |" in printed
     assert "batch 1, T = 0.8, top-p 0.95" in printed
