@@ -2,11 +2,11 @@
 
     python runs/plot_bench.py [--step FILE] [--decode FILE] [--out docs/figures/bench.png] [--tables]
 
-Of every configuration the newest line counts, and nothing that was measured before the AR line that it is compared with:
-a new run takes the place of a whole old one. The left panel shows single rows, greedy, of all models; the right one
-the reference checkpoint at batch 1, the methods that were timed on as many prompts as AR. With --tables the tables of
-docs/benchmarks.md are printed as well, baselines and batches included. Quantised weights are not drawn, and have tables
-of their own.
+Of every configuration the newest line counts, and nothing that was measured before the AR line that it is compared
+with: a new run takes the place of a whole old one. The left panel shows single rows, greedy, of all models; the right
+one the reference checkpoint at batch 1, the methods that were timed on as many prompts as AR. With --tables the tables
+of docs/benchmarks.md are printed as well, baselines and batches included. Quantised weights are not drawn, and have
+tables of their own.
 """
 
 from __future__ import annotations

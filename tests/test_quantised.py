@@ -162,9 +162,9 @@ for rows in (1, 16, 32, 64, 272):
         given = dict(squares=not add, rows=chosen, into=False, bias=name == "qkv", part=split, arrived=split)
         given |= dict.fromkeys(("norm", "scaled", "squared"), add)
         fixed |= dict.fromkeys([n for n in given if not given[n]])
-        fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128)
+        fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128, TWICE=False)
         names = product.arg_names
-        types = dict.fromkeys(("x", "norm", "bias", "scaled"), "*bf16") | dict(rows="*i64", eps="fp32")
+        types = dict.fromkeys(("x", "norm", "bias", "scaled"), "*bf16") | dict(rows="*i64", eps="fp32", again="fp32")
         types |= dict.fromkeys(("squares", "squared", "part", "scale"), "*fp32") | dict(arrived="*i32")
         types |= dict(out="*fp32" if name == "head" else "*bf16", weight={kind!r})
         types |= dict.fromkeys(fixed, "constexpr")

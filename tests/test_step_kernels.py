@@ -58,6 +58,21 @@ def test_rotate(heads: int, kv: int, width: int, normed: bool, dtype: torch.dtyp
     assert int(written.sum()) == 8
 
 
+def test_levels_that_do_not_fit() -> None:
+    for run in (plain.rotate, rotate):
+        stores = torch.zeros(4, 8, 1, 16, device=DEVICE), torch.zeros(4, 8, 1, 16, device=DEVICE)
+        turn, heads = (torch.ones(20, 16, device=DEVICE),) * 2, torch.ones(2, 7, 3, 16, device=DEVICE)
+        rest = ints(0, 1, 2, 3).view(2, 2), ints(4, 9), ints(3, 3)
+        for levels, why in (
+            (torch.ones(3, dtype=torch.long), "3 equal blocks"),
+            (torch.ones(3, 2, dtype=torch.long), "shape"),
+            (torch.ones(2, 4, dtype=torch.long)[:, ::2], "contiguous"),
+            (torch.ones(2, 2), "integers"),
+        ):
+            with pytest.raises(TidarError, match=why):
+                run(heads, None, None, *turn, *stores, *rest, levels.to(DEVICE), eps=1e-6, causal=3)
+
+
 @pytest.mark.parametrize(
     ("levels", "places"),
     [

@@ -32,7 +32,8 @@ def check_proposals(draft_len: int, proposals: int | None) -> int:
 
 
 def chance(logits: Tensor, drafts: Tensor) -> Tensor:
-    """Probabilities (B, R) of ``drafts`` (B, R) by their logits (B, R, V), before temperature and filters."""
+    """Probabilities (B, R) of ``drafts`` (B, R) by their logits (B, R, V), before temperature and filters; tokens that
+    are never drafted have logits of -inf."""
     return (logits.gather(2, drafts[..., None])[..., 0] - logits.logsumexp(2)).exp()
 
 
@@ -59,5 +60,4 @@ def ranks(chances: Tensor) -> Tensor:
 
 def levels(places: Tensor, count: int) -> Tensor:
     """The ``count`` likeliest numbers of drafts (B, P) int64 in 1 … K, ascending; ``places`` as of `ranks`."""
-    chosen = places < count
-    return chosen.nonzero()[:, 1].view(len(places), count) + 1
+    return places.argsort(dim=1, stable=True)[:, :count].sort(1).values + 1

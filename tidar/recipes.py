@@ -41,16 +41,6 @@ _FROM_BASE: dict[str, Any] = {
     "lr": 4e-3,
     "min_lr": 2e-5,
 }
-_OWN_WORDS: dict[str, Any] = {
-    **_FROM_BASE,
-    "block_sizes": (4, 8, 16, 16, 16),
-    "draft_text": "model",
-    "rollout_temperature": 0.8,
-    "transition": 256,
-    "offset_decay": 0.87,
-    "kl_weight": 0.75,
-    "micro_batch": 64,
-}
 # The paper does not say what it trained on; this mix is ours: text, code and mathematics under open licences.
 _WEB: dict[str, Any] = {
     "streams": (
@@ -138,11 +128,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         # Goes on from the first: drafts learn what the model itself would write, each knowing the one before.
         "python-17m-rollout": {
-            **_OWN_WORDS,
+            **_FROM_BASE,
             "out": "run/python-17m-rollout",
             "model": "run/python-17m/model",
+            "block_sizes": (4, 8, 16, 16, 16),
+            "draft_text": "model",
             "rollout_sampled": 0.5,
+            "rollout_temperature": 0.8,
+            "transition": 256,
+            "offset_decay": 0.87,
+            "kl_weight": 0.75,
             "tokens": 220_000_000,
+            "micro_batch": 64,
             "lr": 2e-3,
         },
         # As many clean tokens as both.
@@ -151,15 +148,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "out": "run/python-17m-control",
             "objective": "ar",
             "tokens": 600_000_000,
-        },
-        # More of the same, and more of it sampled, which drafts find harder.
-        "python-17m-words": {
-            **_OWN_WORDS,
-            "out": "run/python-17m-words",
-            "model": "run/python-17m-rollout/model",
-            "rollout_sampled": 0.75,
-            "tokens": 280_000_000,
-            "lr": 1.5e-3,
         },
         # The paper's models. Where it trained one for each draft length, this is one for all; `--block-sizes 16`
         # makes one of the paper's.

@@ -199,7 +199,8 @@ class TidarDecoder(Rows):
         absent[..., 0] = 0
         scores = torch.where(made[..., None], scores, absent)
         if self.acceptance == "ratio":
-            drafts, q = draft_ratio(scores, self.params, positions)
+            # Drafts that were thrown away had a say in what is drafted now: their noise must not come again.
+            drafts, q = draft_ratio(scores, self.params, positions + (self.lengths[:, None] << 32))
         else:
             drafts, q = sample(scores, self.params, positions), scores
         return drafts, q, chance(logits, drafts) * made

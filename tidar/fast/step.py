@@ -167,7 +167,7 @@ class Network:
             logits = self.logits(hidden, states) if every is None else every[states]
             chosen = self.sample(logits, slots, flags, first=1)
             drafts.copy_(chosen * made)
-            chances.copy_(chance(logits, chosen) * made)
+            chances.copy_(chance(logits.masked_fill(self.suppressed, -torch.inf), chosen) * made)
             return
         lean, ops = self.lean, self.ops
         gate, table, mix = self.transition

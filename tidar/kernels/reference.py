@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["attend", "by_row", "check_pages", "check_step", "visible", "write_kv"]
+__all__ = ["attend", "by_row", "check_levels", "check_pages", "check_step", "visible", "write_kv"]
 
 
 def attend(
@@ -136,6 +136,15 @@ def check_pages(
         raise TidarError("the last dimension of keys, values, pages and block_table must be contiguous")
 
 
+def check_levels(levels: Tensor, rows: int, queries: int, causal: int) -> None:
+    """`TidarError` unless the queries are causal ones and blocks of masks, each with a level."""
+    masks, blocks = queries - causal, levels.shape[-1]
+    if not 1 <= causal <= queries or (masks % blocks if blocks else masks):
+        raise TidarError(f"{queries} queries are not {causal} causal ones and {blocks} equal blocks of masks")
+    if tuple(levels.shape[:-1]) not in ((), (rows,)) or levels.stride(-1) != 1 or levels.is_floating_point():
+        raise TidarError("levels must be integers of shape (P,) or (B, P), contiguous in P, each in 0 … causal")
+
+
 def check_step(
     q: Tensor,
     k_new: Tensor,
@@ -157,11 +166,7 @@ def check_step(
         raise TidarError(f"queries must be (B, L, G·Hk, D) for keys {_shapes(k_new)}, not {_shapes(q)}")
     if len({t.dtype for t in (q, k_new, v_new, k_pages, v_pages)}) > 1:
         raise TidarError("queries, keys, values and pages must have one dtype")
-    masks, blocks = q.shape[1] - causal, levels.shape[-1]
-    if not 1 <= causal <= q.shape[1] or (masks % blocks if blocks else masks):
-        raise TidarError(f"{q.shape[1]} queries are not {causal} causal ones and {blocks} equal blocks of masks")
-    if levels.shape[:-1] not in ((), q.shape[:1]) or levels.stride(-1) != 1 or levels.is_floating_point():
-        raise TidarError("levels must be integers of shape (P,) or (B, P), contiguous in P, each in 0 … causal")
+    check_levels(levels, q.shape[0], q.shape[1], causal)
     if any(bound is not None and bound <= 0 for bound in (scale, window, softcap)):
         raise TidarError("scale, window and softcap must be above 0: leave them out to do without")
     if sinks is not None and sinks.shape != (q.shape[2],):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad
 
 from tidar.errors import TidarError
-from tidar.kernels.reference import attend, by_row, check_pages, write_kv
+from tidar.kernels.reference import attend, by_row, check_levels, check_pages, write_kv
 from tidar.proposals import levels as likeliest
 from tidar.proposals import ranks
 
@@ -50,6 +50,7 @@ def rotate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `tidar.kernels.rotate.rotate`."""
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
+    check_levels(levels, heads.shape[0], heads.shape[1], causal)
     kv_heads = k_pages.shape[2]
     q, k, v = heads.split([query_heads, kv_heads, kv_heads], 2)
     if q_norm is not None and k_norm is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tidar.kernels.attention_kernel import place_of
 from tidar.kernels.pdl import begin, options
+from tidar.kernels.reference import check_levels
 from tidar.kernels.reference_step import check_rotate
 from tidar.kernels.rotary import columns, turned
 from tidar.kernels.workspace import power_of_2
@@ -107,6 +108,7 @@ def rotate(
         TidarError: arguments that do not fit together.
     """
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
+    check_levels(levels, heads.shape[0], heads.shape[1], causal)
     rows, queries, _, width = heads.shape
     kv_heads = k_pages.shape[2]
     q = torch.empty(rows, queries, query_heads, width, dtype=heads.dtype, device=heads.device)
