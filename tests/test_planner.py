@@ -20,7 +20,6 @@ from tidar.decode.planner import (
     DOUBT,
     FORGET,
     FRESH,
-    LIKELY,
     PRIOR,
     TAIL,
     TAILS,
@@ -33,6 +32,7 @@ from tidar.decode.planner import (
     Rates,
     Times,
     best,
+    likeliest,
     speed,
     tokens_per_step,
 )
@@ -75,21 +75,26 @@ def simulated(plan: Plan, rates: Rates, cover: Cover, steps: int) -> float:
     gap = max(1, round((k - plan.proposals) / (plan.proposals + 1)))
     for _ in range(steps):
         n, kind = 1, 2 if behind else 0 if unlikely else 1
+        likely, covered = (float(np.broadcast_to(each, k + 1)[k if kind == 1 else behind]) for each in cover)
         while behind + n < k and draw.random() < rates[kind, n]:
             n += 1
         made += n
         came = draw.random()
-        behind, unlikely = 0, came >= cover.likely
-        if came >= cover.drafted:
+        behind, unlikely = 0, came >= likely
+        if came >= covered:
             nothing = n == 1 or draw.random() < BELOW / (plan.proposals + 1)
             behind = k - 1 if nothing else min(k - 1, draw.randint(1, min(gap, n - 1)))
     return made / steps
 
 
-@pytest.mark.parametrize("cover", [(1.0, 1.0), (0.6, 1.0), (0.6, 0.6), (0.3, 0.8), (0.0, 0.0)])
+RISING = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.6])
+"""Of each state, the last of them fresh drafts behind what was likely."""
+
+
+@pytest.mark.parametrize("cover", [(1, 1), (0.6, 1), (0.6, 0.6), (0.3, 0.8), (0, 0), (RISING / 2, RISING)])
 @pytest.mark.parametrize("proposals", [1, 2, 5, 7, 8])
 @pytest.mark.parametrize("rates", [FALLING, even(0.3, 8), even(1, 8)], ids=["falling", "poor", "perfect"])
-def test_tokens_per_step(proposals: int, rates: Rates, cover: tuple[float, float]) -> None:
+def test_tokens_per_step(proposals: int, rates: Rates, cover: tuple[Rates | float, Rates | float]) -> None:
     plan = Plan("tidar", 8, proposals)
     expected = simulated(plan, rates, Cover(*cover), 60_000)
     assert tokens_per_step(plan, rates, Cover(*cover)) == pytest.approx(expected, rel=0.02)
@@ -167,10 +172,14 @@ def test_acceptance_is_what_was_seen_lately() -> None:
 
 
 def drafted(seen: Acceptance, plan: Plan) -> float:
-    cover = seen.cover(plan)
-    share = plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0
-    assert (cover.likely == cover.drafted) == (share <= LIKELY or cover.drafted == seen.cover(AR).likely)
-    return cover.drafted
+    """Of all drafts, fresh ones."""
+    cover, k = seen.cover(plan), plan.draft_len
+    likely, covered = np.asarray(cover.likely), np.asarray(cover.drafted)
+    assert likely.shape == covered.shape == (k + 1,) and likely[k] == likely[0] and covered[k] == covered[0]
+    most = Plan("tidar", k, int(likeliest(np.array(k))))
+    assert likely[k] == min(covered[k], np.asarray(seen.cover(most).drafted)[k])
+    assert likely[k - 1] == covered[k - 1] == pytest.approx(1), "where nothing is drafted it is known what comes"
+    return float(covered[k])
 
 
 def test_covered_is_what_was_seen_lately() -> None:
@@ -181,7 +190,7 @@ def test_covered_is_what_was_seen_lately() -> None:
     rising = [drafted(seen, Plan("tidar", 16, count)) for count in range(1, 17)]
     assert rising == sorted(rising) and rising[-1] == 1.0
     for _ in range(400):
-        seen.placed(8, np.array([0, 3]))
+        seen.placed(np.array([8, 8]), np.array([0, 3]))
     for count, share in ((1, 1 / 2), (3, 1 / 2), (4, 1), (8, 1)):
         assert drafted(seen, Plan("tidar", 8, count)) == pytest.approx(share, abs=0.01)
     # What was seen with 8 drafts serves others; the halves of a place as likely as each other.
@@ -189,10 +198,21 @@ def test_covered_is_what_was_seen_lately() -> None:
         assert drafted(seen, Plan("tidar", 16, count)) == pytest.approx(share, abs=0.01)
     assert drafted(seen, Plan("tidar", 4, 1)) == pytest.approx(1 / 2, abs=0.01)
     for _ in range(400):
-        seen.placed(16, np.array([draw.randrange(16)]))
+        seen.placed(np.array([16]), np.array([draw.randrange(16)]))
     for count in range(1, 16):
         assert drafted(seen, Plan("tidar", 16, count)) == pytest.approx(count / 16, abs=0.15)
     assert drafted(seen, AR) == drafted(seen, Plan("linear", 8)) == drafted(seen, Plan("tidar", 8, 8)) == 1
+
+
+def test_fewer_drafts_have_fewer_outcomes() -> None:
+    """A tail of two drafts ends in three ways, of which two proposals are for two."""
+    seen = Acceptance()
+    for _ in range(600):
+        seen.placed(np.full(6, 6), np.arange(6))
+    cover = seen.cover(Plan("tidar", 6, 2))
+    assert cover.drafted == pytest.approx(np.array([2 / 6, 2 / 5, 2 / 4, 2 / 3, 1, 1, 2 / 6]), abs=0.01)
+    assert cover.likely == pytest.approx(np.array([2 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1, 2 / 6]), abs=0.01)
+    assert seen.cover(Plan("linear", 6)).drafted == pytest.approx(np.ones(7))
 
 
 def test_outcomes_count_one_by_one() -> None:
@@ -202,7 +222,7 @@ def test_outcomes_count_one_by_one() -> None:
     before = [drafted(seen, Plan("tidar", 8, count)) for count in range(1, 9)]
     for _ in range(steps):
         places = [draw.randrange(8) for _ in range(draw.randint(1, 4))]
-        seen.placed(8, np.array(places))
+        seen.placed(np.full(len(places), 8), np.array(places))
         hits *= FORGET
         for place in places:
             hits[place + 1 :] += 1
@@ -333,10 +353,10 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
         assert (accepted >= 0).all() and (accepted <= counts).all()
         real(self, kinds, counts, accepted)
 
-    def placing(self: Acceptance, drafts: int, places: Counts) -> None:
+    def placing(self: Acceptance, among: Counts, places: Counts) -> None:
         decoder.placed.append(places.tolist())
-        assert (places >= 0).all() and (places < drafts).all()
-        placed(self, drafts, places)
+        assert (places >= 0).all() and (places < among).all(), "what nobody drafted is expected last"
+        placed(self, among, places)
 
     placed = Acceptance.placed
     monkeypatch.setattr(Acceptance, "update", noting)

@@ -25,7 +25,10 @@ from numpy.typing import NDArray
 
 from tidar.decode.plan import Plan, Shape, shapes
 
-__all__ = ["TAIL", "Acceptance", "Clock", "Cover", "Measured", "Rates", "Times", "best", "speed", "tokens_per_step"]
+__all__ = [
+    "TAIL", "Acceptance", "Clock", "Cover", "Measured", "Rates", "Times", "best", "likeliest", "speed",
+    "tokens_per_step",
+]  # fmt: skip
 
 FORGET, STALE = 0.98, 0.995
 """What an observation still weighs one step later: some fifty steps count. And of a kind of drafts that the step did
@@ -87,19 +90,21 @@ class Acceptance:
         self._told *= np.where(np.concatenate([met, met]), FORGET, STALE)[:, None]
         self._told[:, 1:most] += behind[:, 2:]
 
-    def placed(self, drafts: int, places: Counts) -> None:
-        """Take the places (R,), from 0, that outcomes had among ``drafts`` when the likeliest came first.
+    def placed(self, outcomes: Counts, places: Counts) -> None:
+        """Take the places (R,), from 0, that what came had among so many ``outcomes`` (R,), the likeliest first.
 
         They are spread over shares of all outcomes, so that what was seen with one draft length serves the others.
         """
-        self._covered = FORGET * self._covered + (GRID * drafts - places[:, None]).clip(0, 1).sum(0)
+        self._covered = FORGET * self._covered + (GRID * outcomes[:, None] - places[:, None]).clip(0, 1).sum(0)
         self._placed = FORGET * self._placed + len(places)
 
     def cover(self, plan: Plan) -> Cover:
-        """How often outcomes are what a plan is prepared for."""
-        share = plan.proposals / plan.draft_len if plan.method == "tidar" else 1.0
-        likely, drafted = np.interp([LIKELY, min(share, 1.0)], GRID, self._covered) / self._placed
-        return Cover(min(float(likely), float(drafted)), float(drafted))
+        """How often outcomes are what a plan is prepared for, in each state of `tokens_per_step`."""
+        k = plan.draft_len
+        outcomes = k - np.append(np.arange(k), 0)  # as many as there are drafts, the certain token among them
+        wanted = np.minimum(plan.proposals if plan.method == "tidar" else k, outcomes)
+        drafted, likely = np.interp([wanted / outcomes, likeliest(outcomes) / outcomes], GRID, self._covered)
+        return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed)
 
     def rates(self, longest: int) -> Rates:
         """(3, longest) probabilities, of fresh drafts behind unlikely outcomes, of others, and of tails; entry 0, the
@@ -125,12 +130,18 @@ class Acceptance:
         return rates
 
 
-class Cover(NamedTuple):
-    """How often outcomes are what a step was prepared for."""
+def likeliest(outcomes: Counts) -> Counts:
+    """How many of so many outcomes are no surprise."""
+    count: Counts = np.ceil(LIKELY * outcomes).astype(np.int64)
+    return count
 
-    likely: float
+
+class Cover(NamedTuple):
+    """How often outcomes are what a step was prepared for: once for all states of `tokens_per_step`, or of each."""
+
+    likely: Rates | float
     """Drafted for, and no surprise."""
-    drafted: float
+    drafted: Rates | float
     """Drafted for."""
 
 
@@ -152,10 +163,11 @@ def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
     chain = np.zeros((k + 1, k + 1))
     chain[:, :k] = survive[kinds] * there
     # What an outcome leads to: fresh drafts, whatever it is, or what it leaves where it was not drafted for.
-    leads = (1 - cover.drafted) * _missed(k, plan.proposals if plan.method == "tidar" else k)
-    leads[:, k] += cover.likely
-    leads[:, 0] += cover.drafted - cover.likely
-    moves = (chain[:, :-1] - chain[:, 1:]) @ leads
+    likely, drafted = np.broadcast_arrays(*cover, np.zeros(k + 1))[:2]
+    missed = _missed(k, plan.proposals if plan.method == "tidar" else k)
+    moves = (1 - drafted)[:, None] * ((chain[:, :-1] - chain[:, 1:]) @ missed)
+    moves[:, k] += likely
+    moves[:, 0] += drafted - likely
     share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
     for _ in range(8):
         share = share @ share

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
-from tidar.decode.planner import FRESH, LIKELY, TAILS, UNLIKELY, Acceptance, Clock, best, speed
+from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, Clock, best, likeliest, speed
 
 __all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
@@ -171,8 +171,8 @@ class Planning:
             kinds = np.where(self._behind > 0, TAILS, np.where(self._unlikely, UNLIKELY, FRESH))
             self.acceptance.update(kinds[tested], count[tested], np.minimum(n - 1, count)[tested])
             places = np.asarray(outcome.places, dtype=np.int64)
-            self.acceptance.placed(shape.drafts, places[tested])
-            self._unlikely = np.where(tested, places >= LIKELY * shape.drafts, self._unlikely)
+            self.acceptance.placed(1 + count[tested], places[tested])
+            self._unlikely = np.where(tested, places >= likeliest(1 + count), self._unlikely)
         self._block = shape.masks
         self._behind = np.asarray(outcome.behind, dtype=np.int64)
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
