@@ -159,7 +159,7 @@ def draw(steps: Sequence[Line], decoding: Sequence[Line], out: Path) -> None:
     right.invert_yaxis()
     right.set_xlim(0, None)
     right.set(xlabel="tokens/s over AR's, with 95 % intervals", title=f"Decoding, {REFERENCE}, batch 1, bf16")
-    right.legend(frameon=False, fontsize=8, loc="lower left")
+    right.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

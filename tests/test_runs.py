@@ -374,6 +374,31 @@ def test_plot_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and done.stderr.count("\n") == 1
 
 
+def test_plot_parts(tmp_path: Path) -> None:
+    from runs import plot_parts
+
+    def forward(prefix: int, queries: int, **more: Any) -> dict[str, Any]:
+        times = {f"{part}_milliseconds": 0.1 * queries + prefix / 1e4 for part in plot_parts.PANELS}
+        about = {"model": "large", "dtype": "bfloat16", "layers": 4, "prefix": prefix, "queries": queries}
+        return {**about, **times, "provenance": {"gpu": "a GPU"}, **more}
+
+    lines = [forward(prefix, queries) for prefix in (2048, 1024) for queries in (16, 1)]
+    path = tmp_path / "parts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, forward(1024, 1, total_milliseconds=7.0)]))
+    _, kept = plot_parts.curves(path)
+    assert {n: [line["queries"] for line in each] for n, each in kept.items()} == {1024: [1, 16], 2048: [1, 16]}
+    assert kept[1024][0]["total_milliseconds"] == 7.0, "the newest"
+    drawn = []
+    for name in ("one", "two"):
+        plot_parts.main(["--parts", str(path), "--out", str(tmp_path / f"{name}.png")])
+        drawn.append((tmp_path / f"{name}.png").read_bytes())
+    assert drawn[0] == drawn[1] and drawn[0].startswith(b"\x89PNG")
+    for wrong in ("", "{}\n", json.dumps(forward(1, 1)) + "\n" + json.dumps(forward(1, 2, model="small")) + "\n"):
+        path.write_text(wrong)
+        with pytest.raises(TidarError, match="name a file that"):
+            plot_parts.curves(path)
+
+
 def test_tuning_covers_the_products_and_the_attention_of_a_step() -> None:
     """What can be said without a GPU: every case has candidates, the default among the first, none of them twice."""
     from runs import tune_kernels
