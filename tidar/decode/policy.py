@@ -171,7 +171,9 @@ class Planning:
             kinds = np.where(self._behind > 0, TAILS, np.where(self._unlikely, UNLIKELY, FRESH))
             self.acceptance.update(kinds[tested], count[tested], np.minimum(n - 1, count)[tested])
             places = np.asarray(outcome.places, dtype=np.int64)
-            self.acceptance.placed(1 + count[tested], places[tested])
+            # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
+            whole = tested & (self._behind == 0)
+            self.acceptance.placed(1 + count[whole], places[whole])
             self._unlikely = np.where(tested, places >= likeliest(1 + count), self._unlikely)
         self._block = shape.masks
         self._behind = np.asarray(outcome.behind, dtype=np.int64)
