@@ -21,8 +21,13 @@ prompts=$folder/short
 
 $run step --prefix 512 --record "$results/bench_step.jsonl"
 $run step --prefix 512 --sampled --record "$results/bench_step.jsonl"
+$run step --prefix 512 --adapter-rank 64 --record "$results/bench_step.jsonl"
+$run step --prefix 512 --adapter-rank 256 --record "$results/bench_step.jsonl"
 $run step --size qwen2.5-1.5b --draft-len 16 8 4 --record "$results/bench_step.jsonl"
+$run step --size qwen2.5-1.5b --adapter-rank 64 --record "$results/bench_step.jsonl"
 $run step --size qwen3-8b --draft-len 16 8 4 --record "$results/bench_step.jsonl"
+$run step --size qwen3-8b --weights fp8 --record "$results/bench_step.jsonl"
+$run step --size qwen3-8b --weights int8 --record "$results/bench_step.jsonl"
 $run decode --prompts "$prompts" --count 64 --baselines --record "$results/bench_decode.jsonl"
 $run decode --prompts "$prompts" --count 64 --temperature 0.8 --top-p 0.95 --record "$results/bench_decode.jsonl"
 $run decode --prompts "$prompts" --count 128 --batch 4 16 64 --record "$results/bench_decode.jsonl"

@@ -25,6 +25,7 @@ from tidar.decode.tidar import TidarDecoder, _Picked
 from tidar.errors import TidarError
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import MOST, Engine
+from tidar.fast.lean import Hidden, LeanModel
 from tidar.fast.step import Step
 from tidar.kernels import reference_step as plain
 from tidar.kernels.reference_step import Picking
@@ -116,6 +117,9 @@ def test_counts_are_checked() -> None:
     for k, count, said in ((0, None, "at least 1"), (4, 0, "between 1 and"), (4, 5, "draft length 4, not 5")):
         with pytest.raises(TidarError, match=said):
             check_proposals(k, count)
+    for former in ([1, 3], (), 2.5, True):
+        with pytest.raises(TidarError, match="must be a number between 1 and the draft length 4"):
+            check_proposals(4, former)  # type: ignore[arg-type]
 
 
 # --- the kernel that picks ---
@@ -418,3 +422,36 @@ def test_rows_move_with_their_chances(converted: Callable[[str], Path]) -> None:
         with old.untouched():
             old.chances.fill_(0.5)
         assert torch.equal(old.chances, before), "what is measured leaves no trace"
+
+
+@pytest.mark.parametrize("transition", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9}])
+def test_the_head_for_all_rows_or_for_some(
+    transition: bool, options: dict[str, float], converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same drafts, chances and outcomes, whether logits are computed before or behind the check."""
+    folder = converted("qwen3")
+    engine = Engine(with_transition(folder) if transition else load_model(folder, dtype="float64"), plain=True)
+    params = [SamplingParams(max_new_tokens=40, seed=n, **options) for n in range(3)]  # type: ignore[arg-type]
+    found, heads = [], list[list[bool]]()
+    real = type(engine.network.lean).logits
+
+    def counting(lean: LeanModel, hidden: Hidden, rows: Tensor | None) -> Tensor:
+        heads[-1].append(rows is None)
+        return real(lean, hidden, rows)
+
+    monkeypatch.setattr(type(engine.network.lean), "logits", counting)
+    for most in (0, 10_000):
+        monkeypatch.setattr("tidar.fast.step.AT_ONCE", most)
+        heads.append([])
+        decoder, seen = FastDecoder(engine, Fixed(5, 2), ahead=1), []
+        with torch.inference_mode():
+            decoder.prefill(PROMPTS, params)
+            for _ in range(8):
+                seen.append((decoder.step(), decoder._slots.drafts[:3, :5].tolist()))
+        found.append((seen, decoder._slots.chances[:3, 1:5].clone()))
+        del decoder
+        engine._slots.clear()
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+    assert not any(heads[0]) and any(heads[1])

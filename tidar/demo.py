@@ -90,8 +90,8 @@ class Drafting:
     proposals: int
 
     def __str__(self) -> str:
-        kept = "all" if self.proposals == self.draft_len else self.proposals
-        return f"draft length {self.draft_len}, proposals {kept}"
+        count = "all" if self.proposals == self.draft_len else self.proposals
+        return f"draft length {self.draft_len}, proposals {count}"
 
 
 @dataclass(frozen=True, kw_only=True)

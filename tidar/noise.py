@@ -19,7 +19,8 @@ __all__ = ["ACCEPT", "DRAFT", "RESIDUAL", "SAMPLE", "gumbel", "philox", "uniform
 SAMPLE = 0
 """Stream of the autoregressive sample, and of drafts that share its noise."""
 DRAFT = 1
-"""Stream of drafts that are independent of the sample (ratio acceptance)."""
+"""Stream of drafts that are independent of the sample (ratio acceptance). Their positions carry the length of the text
+that they were drafted behind in their upper word: what is drafted anew has new noise."""
 ACCEPT = 2
 """Stream of the accept-or-reject decisions (ratio acceptance)."""
 RESIDUAL = 3

@@ -26,8 +26,8 @@ def check_proposals(draft_len: int, proposals: int | None) -> int:
     if draft_len < 1:
         raise TidarError(f"draft length must be at least 1, not {draft_len}")
     chosen = draft_len if proposals is None else proposals
-    if not 1 <= chosen <= draft_len:
-        raise TidarError(f"proposals must lie between 1 and the draft length {draft_len}, not {chosen}")
+    if not isinstance(chosen, int) or isinstance(chosen, bool) or not 1 <= chosen <= draft_len:
+        raise TidarError(f"proposals must be a number between 1 and the draft length {draft_len}, not {chosen}")
     return chosen
 
 

@@ -227,7 +227,10 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def draft_ratio(q_scores: Tensor, params: RowParams, positions_BR: Tensor) -> tuple[Tensor, Tensor]:
-    """Drafts for `accept_ratio`: samples (B, R) int64 of q, and the probabilities (B, R, V) they were drawn from."""
+    """Drafts for `accept_ratio`: samples (B, R) int64 of q, and the probabilities (B, R, V) they were drawn from.
+
+    ``positions_BR`` must be others whenever a place is drafted anew.
+    """
     return sample(q_scores, params, positions_BR, stream=DRAFT), probabilities(q_scores, params)
 
 

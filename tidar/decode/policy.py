@@ -175,6 +175,8 @@ class Planning:
             whole = tested & (self._behind == 0)
             self.acceptance.placed(1 + count[whole], places[whole])
             self._unlikely = np.where(tested, places >= likeliest(1 + count), self._unlikely)
+        if shape.drafts > 1:  # where there were no drafts it was known what would come
+            self._unlikely = self._unlikely & tested
         self._block = shape.masks
         self._behind = np.asarray(outcome.behind, dtype=np.int64)
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
