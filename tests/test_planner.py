@@ -424,6 +424,21 @@ def test_only_what_is_ready_is_asked_for() -> None:
     assert taken == ready
 
 
+def test_what_comes_of_no_drafts_is_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts behind a step that had none are as any fresh ones; the second of two forwards keeps what the first found."""
+    told: list[list[int]] = []
+    monkeypatch.setattr(Acceptance, "update", lambda self, kinds, counts, accepted: told.append(kinds.tolist()))
+    one, check, draft = Shape(16, 1, 16), Shape(16, 0, 16), Shape(1, 1, 16)
+    unlikely, sure = Outcome([3], [16], [9]), Outcome([1], [0], [0])
+    for steps in ([(one, unlikely), (one, sure), (one, sure)], [(check, unlikely), (draft, sure), (check, sure)]):
+        policy = Planning(16, list(few(16)))
+        policy.open(1)
+        policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
+        for shape, outcome in steps:
+            policy.learn(shape, outcome)
+    assert told == [[FRESH], [FRESH], [FRESH], [UNLIKELY]]
+
+
 def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step waits for a look at all plans, and every plan is looked at within `REPLAN` steps."""
     for plans in (list(few(16)), list(candidates(32))):
