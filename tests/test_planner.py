@@ -425,7 +425,7 @@ def test_only_what_is_ready_is_asked_for() -> None:
 
 
 def test_what_comes_of_no_drafts_is_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts behind a step that had none are as any fresh ones; the second of two forwards keeps what the first found."""
+    """Drafts behind a step that had none are as any fresh ones; the second of two forwards keeps what was found."""
     told: list[list[int]] = []
     monkeypatch.setattr(Acceptance, "update", lambda self, kinds, counts, accepted: told.append(kinds.tolist()))
     one, check, draft = Shape(16, 1, 16), Shape(16, 0, 16), Shape(1, 1, 16)

@@ -454,4 +454,5 @@ def test_the_head_for_all_rows_or_for_some(
         engine._slots.clear()
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+    assert (found[0][1] > 0).any()
     assert not any(heads[0]) and any(heads[1])
