@@ -137,7 +137,7 @@ def follows(given: dict[str, Any], drafts: Tensor, *, everywhere: bool = False) 
 
 
 def chances_by_hand(given: dict[str, Any], drafts: Tensor) -> Tensor:
-    """How clearly each draft leads its list, as a softmax of what it was chosen by says."""
+    """The probability of each draft among its list, by the logits alone."""
     table, mix, suppressed = (given[name].double() for name in ("token_table", "mix", "suppressed"))
     found = torch.zeros(drafts.shape, dtype=torch.float64)
     for row in range(len(drafts)):
@@ -147,9 +147,6 @@ def chances_by_hand(given: dict[str, Any], drafts: Tensor) -> Tensor:
                 break  # what stands here was not drawn, and chances behind it are not asked for
             base = given["base"][row, place].double()
             score = base + mix @ silu(given["state"][row, place].double() + table[before])
-            position = given["lengths"][row].long() + given["offset"] + place
-            noise = gumbel(given["seed"][row : row + 1], position.view(1, 1), len(base))[0, 0]
-            score = score + given["temperature"][row] * noise
             score.masked_fill_(suppressed.bool(), -torch.inf)
             before = drafts[row, place]
             listed = sorted(set(listed_by_hand(base, suppressed.bool())))
@@ -191,7 +188,7 @@ def test_twin_is_the_transition(
             offset=1,
             sampling=decoder.params.any_sampling,
         )
-        assert torch.equal(found, decoder._next_drafts(first, hidden, made)[:, 1:])
+        assert torch.equal(found, decoder._next_drafts(first, hidden, made, 0)[:, 1:])
 
 
 @pytest.mark.parametrize("vocab", [1, 77, 300, 5000])

@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +98,8 @@ class Injected(TidarDecoder):
             self.accepted.append((n, max((j for j in levels if j <= n), default=0)))
         return accepted, follow
 
-    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        own = super()._next_drafts(first, hidden, made)
+    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor, *rest: Any) -> torch.Tensor:
+        own = super()._next_drafts(first, hidden, made, *rest)
         k = self.draft_len
         if self.cache.lengths and k > 1 and self.accepted:
             self._check_proposals(hidden, made)
@@ -236,8 +237,8 @@ class InjectedLinear(LinearDecoder):
             self.accepted.update(accepted.tolist())
         return accepted, follow
 
-    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        drafts = super()._next_drafts(first, hidden, made)
+    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor, *rest: Any) -> torch.Tensor:
+        drafts = super()._next_drafts(first, hidden, made, *rest)
         for row, length in enumerate(self.cache.lengths):
             wrong = 1 + (self.clock + row) % self.draft_len  # as long as the drafts: nothing is wrong
             for place in range(1, drafts.shape[1]):

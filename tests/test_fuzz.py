@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
@@ -69,8 +70,8 @@ class Guided(TidarDecoder):
         self.counts.update(accepted.tolist())
         return accepted, follow
 
-    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        drafts = super()._next_drafts(first, hidden, made)
+    def _next_drafts(self, first: torch.Tensor, hidden: torch.Tensor, made: torch.Tensor, *rest: Any) -> torch.Tensor:
+        drafts = super()._next_drafts(first, hidden, made, *rest)
         drafts = torch.nn.functional.pad(drafts, (0, self.draft_len - drafts.shape[1]))  # without proposals too
         for row, length in enumerate(self.cache.lengths):
             for place in range(1, self.draft_len):

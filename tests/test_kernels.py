@@ -376,8 +376,8 @@ def test_a_wrong_mask_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> 
     given = case.tensors()
     right = reference.visible
 
-    def wrong(length: int, queries: int, causal: int, levels: list[int], window: int | None) -> Tensor:
-        seen = right(length, queries, causal, levels, window if fault != "window off by one" else 31)
+    def wrong(length: int, queries: int, causal: int, levels: list[int], window: int | None, *rest: int) -> Tensor:
+        seen = right(length, queries, causal, levels, window if fault != "window off by one" else 31, *rest)
         if fault == "other proposal":
             seen[8, length + 7] = True
         elif fault == "later draft":

@@ -6,10 +6,12 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tidar.api import Model
 from tidar.config import SamplingParams
@@ -76,8 +78,9 @@ def simulated(plan: Plan, rates: Rates, cover: Cover, steps: int) -> float:
     gap = max(1, round((k - plan.proposals) / (plan.proposals + 1)))
     for _ in range(steps):
         n, kind = 1, 2 if behind else 0 if unlikely else 1
-        likely, covered = (float(np.broadcast_to(each, k + 1)[k if kind == 1 else behind]) for each in cover)
-        while behind + n < k and draw.random() < rates[kind, n]:
+        likely, covered = (float(np.broadcast_to(each, k + 1)[k if kind == 1 else behind]) for each in cover[:2])
+        sure = kind < 2 and draw.random() < cover.sure
+        while behind + n < k and ((sure and n == 1) or draw.random() < rates[kind, n]):
             n += 1
         made += n
         came = draw.random()
@@ -92,10 +95,12 @@ RISING = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.6])
 """Of each state, the last of them fresh drafts behind what was likely."""
 
 
-@pytest.mark.parametrize("cover", [(1, 1), (0.6, 1), (0.6, 0.6), (0.3, 0.8), (0, 0), (RISING / 2, RISING)])
+@pytest.mark.parametrize(
+    "cover", [(1, 1), (0.6, 1), (0.6, 0.6), (0.3, 0.8), (0, 0), (RISING / 2, RISING), (0.3, 0.8, 0.5), (1, 1, 1)]
+)
 @pytest.mark.parametrize("proposals", [1, 2, 5, 7, 8])
 @pytest.mark.parametrize("rates", [FALLING, even(0.3, 8), even(1, 8)], ids=["falling", "poor", "perfect"])
-def test_tokens_per_step(proposals: int, rates: Rates, cover: tuple[Rates | float, Rates | float]) -> None:
+def test_tokens_per_step(proposals: int, rates: Rates, cover: tuple[Any, ...]) -> None:
     plan = Plan("tidar", 8, proposals)
     expected = simulated(plan, rates, Cover(*cover), 60_000)
     assert tokens_per_step(plan, rates, Cover(*cover)) == pytest.approx(expected, rel=0.02)
@@ -127,7 +132,8 @@ def test_choices() -> None:
     assert quickest(plans, good, Times([(1, 1.0), (2, 2.0)]), Plan("linear", 4)) == AR  # all they can
     middling = quickest(plans, good, Times([(1, 1.0), (64, 1.3), (300, 9.0)]), AR)
     assert middling.method == "linear" or middling.proposals < middling.draft_len
-    assert quickest(plans, even(0.01, 16), FLAT, AR) == AR  # clearly better, or it stays
+    poor = [plan for plan in plans if not plan.alternates]
+    assert quickest(poor, even(0.01, 16), FLAT, AR) == AR  # clearly better, or it stays
     assert quickest(plans, good, FLAT, Plan("tidar", 16, 16)).draft_len == 16
 
 
@@ -348,12 +354,12 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
     decoder = Restless(qwen3.core, draft_len=6, plans=plans)
     real = Acceptance.update
 
-    def noting(self: Acceptance, kinds: Counts, counts: Counts, accepted: Counts) -> None:
+    def noting(self: Acceptance, kinds: Counts, counts: Counts, accepted: Counts, sure: NDArray[np.bool_]) -> None:
         decoder.noted[-1] = [
             (kind == TAILS, count) for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)
         ]
         assert (accepted >= 0).all() and (accepted <= counts).all()
-        real(self, kinds, counts, accepted)
+        real(self, kinds, counts, accepted, sure)
 
     def placing(self: Acceptance, among: Counts, places: Counts) -> None:
         decoder.placed.append(places.tolist())
@@ -402,7 +408,8 @@ def came(shape: Shape, chance: random.Random) -> Outcome:
     """Anything that may come in a row."""
     n = chance.randint(1, shape.drafts)
     behind = chance.choice([*range(min(n, shape.masks)), shape.masks]) if shape.proposals else shape.masks
-    return Outcome([n], [behind], [chance.randrange(shape.drafts)])
+    met = chance.randrange(-1, shape.alternates) if behind == 0 else -1
+    return Outcome([n], [behind], [chance.randrange(shape.drafts)], [met])
 
 
 def test_only_what_is_ready_is_asked_for() -> None:
@@ -427,9 +434,9 @@ def test_only_what_is_ready_is_asked_for() -> None:
 def test_what_comes_of_no_drafts_is_no_surprise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts behind a step that had none are as any fresh ones; the second of two forwards keeps what was found."""
     told: list[list[int]] = []
-    monkeypatch.setattr(Acceptance, "update", lambda self, kinds, counts, accepted: told.append(kinds.tolist()))
+    monkeypatch.setattr(Acceptance, "update", lambda self, kinds, *_: told.append(kinds.tolist()))
     one, check, draft = Shape(16, 1, 16), Shape(16, 0, 16), Shape(1, 1, 16)
-    unlikely, sure = Outcome([3], [16], [9]), Outcome([1], [0], [0])
+    unlikely, sure = Outcome([3], [16], [9], [-1]), Outcome([1], [0], [0], [-1])
     for steps in ([(one, unlikely), (one, sure), (one, sure)], [(check, unlikely), (draft, sure), (check, sure)]):
         policy = Planning(16, list(few(16)))
         policy.open(1)
@@ -454,7 +461,7 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)
         for step in range(1, REPLAN + 2):
-            policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0]))
+            policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0], [-1]))
             assert len(looked) <= step * most
         assert set(looked) == set(plans)
         assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,8 +214,8 @@ def test_accept_by_hand() -> None:
         _, made = module.accept(*given_, levels=chosen, places=places, masks=4, queries=12)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        assert ring[0, :, :3].tolist() == [list(row) for row in zip(stand, behind, came, strict=True)]
-        assert [row[3 : 3 + n] for row, n in zip(ring[0].tolist(), stand, strict=True)] == [
+        assert ring[0, :, :4].tolist() == [[*row, -1] for row in zip(stand, behind, came, strict=True)]
+        assert [row[4 : 4 + n] for row, n in zip(ring[0].tolist(), stand, strict=True)] == [
             sampled[row, :n].tolist() for row, n in enumerate(stand)
         ]
         assert made.sum(1).tolist() == [max(0, 3 - late) for late in behind]
@@ -236,8 +237,8 @@ class Sure(TidarDecoder):
         self.came.append(self.outcome)
         return certain
 
-    def _next_drafts(self, first: Tensor, hidden: Tensor, made: Tensor) -> Tensor:
-        drafts = super()._next_drafts(first, hidden, made)
+    def _next_drafts(self, first: Tensor, hidden: Tensor, made: Tensor, *rest: Any) -> Tensor:
+        drafts = super()._next_drafts(first, hidden, made, *rest)
         for row, length in enumerate(self.cache.lengths):
             wrong = self.random.randint(1, self.draft_len)
             for place in range(1, self.draft_len):
@@ -258,7 +259,7 @@ def test_confident_drafts_meet_what_comes(qwen3: Model, trust: bool) -> None:
     decoder = Sure(qwen3.core, draft_len=6, proposals=1, truth=truth, trust=trust)
     found = generation.generate(qwen3.core, prompts, [params] * 3, lambda: decoder, 3)
     assert [c.token_ids for c in found] == [text[:70] for text in ahead]
-    came = [(n, late, place) for each in decoder.came for n, late, place in zip(*each, strict=True)]
+    came = [(n, late, place) for each in decoder.came for n, late, place, _ in zip(*each, strict=True)]
     assert {n for n, *_ in came} == set(range(1, 7))
     met = [late == 0 and place == 0 for _, late, place in came]
     assert all(met) if trust else sum(met) < 0.5 * len(met)

@@ -22,7 +22,7 @@ from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import MOST, Engine
 from tidar.model import CausalLM
-from tidar.proposals import check_proposals
+from tidar.proposals import check_alternates, check_proposals
 
 __all__ = ["Method", "Model", "load"]
 
@@ -69,6 +69,7 @@ class Model:
         method: Method | None = None,
         draft_len: int | None = None,
         proposals: int | None = None,
+        alternates: int = 0,
         acceptance: Acceptance = "gumbel",
         beta: float = 1.0,
         batch_size: int = 8,
@@ -84,6 +85,7 @@ class Model:
             draft_len: drafts a step, or the most for ``auto``; by default the longest the model was trained for.
             proposals: for how many numbers of accepted drafts to draft ahead, among 1 … draft_len: the likeliest ones,
                 picked anew in every step; all by default.
+            alternates: how many other tokens to try behind the drafts of each proposal, 0 … 8.
             acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
             beta: below 1 trusts the drafts and is lossy.
             batch_size: prompts decoded at a time.
@@ -95,7 +97,7 @@ class Model:
             TidarError: bad prompts or parameters, or a checkpoint without a mask token.
         """
         texts, each = self._requests(prompts, params)
-        maker = self._maker(method, draft_len, proposals, acceptance, beta)
+        maker = self._maker(method, draft_len, proposals, alternates, acceptance, beta)
         return generation.generate(self.core, texts, each, maker, _positive(batch_size))
 
     def stream(
@@ -106,13 +108,14 @@ class Model:
         method: Method | None = None,
         draft_len: int | None = None,
         proposals: int | None = None,
+        alternates: int = 0,
         acceptance: Acceptance = "gumbel",
         beta: float = 1.0,
         batch_size: int = 8,
     ) -> Iterator[Chunk]:
         """As `generate`, but yields a `Chunk` for every forward and prompt as soon as it is done."""
         texts, each = self._requests(prompts, params)
-        maker = self._maker(method, draft_len, proposals, acceptance, beta)
+        maker = self._maker(method, draft_len, proposals, alternates, acceptance, beta)
         return generation.stream(self.core, texts, each, maker, _positive(batch_size))
 
     def _requests(
@@ -144,19 +147,22 @@ class Model:
         method: Method | None,
         draft_len: int | None,
         proposals: int | None,
+        alternates: int,
         acceptance: Acceptance,
         beta: float,
     ) -> Callable[[], Decoder]:
         if method is None:
-            given = draft_len is not None or proposals is not None or acceptance != "gumbel" or beta != 1
-            method = "tidar" if given else "auto"
+            drafting = draft_len is not None or proposals is not None or alternates != 0
+            method = "tidar" if drafting or acceptance != "gumbel" or beta != 1 else "auto"
         if method == "ar":
             engine = self._engine
             return lambda: ArDecoder(self.core) if engine is None else FastDecoder(engine, Autoregressive())
         if method not in get_args(Method):
             raise TidarError(f"method '{method}' is unknown: use one of {', '.join(get_args(Method))}")
-        if method in ("linear", "auto") and (proposals is not None or beta < 1):
-            raise TidarError(f"method '{method}' takes no proposals and no beta: leave them out, or use method 'tidar'")
+        if method in ("linear", "auto") and (proposals is not None or alternates != 0 or beta < 1):
+            raise TidarError(
+                f"method '{method}' takes no proposals, alternates or beta: leave them out, or use method 'tidar'"
+            )
         if method == "auto" and acceptance != "gumbel":
             raise TidarError("method 'auto' keeps the tokens the same: leave acceptance out, or choose a method")
         if beta < 1:
@@ -172,7 +178,7 @@ class Model:
                 stacklevel=3,
             )
         if self._engine is not None and acceptance == "gumbel" and beta == 1 and length <= MOST:
-            return self._fast_maker(self._engine, method, length, proposals)
+            return self._fast_maker(self._engine, method, length, proposals, alternates)
         if self.deterministic:
             raise TidarError(f"deterministic decoding is by Gumbel noise, without beta, with drafts of at most {MOST}")
         if method == "auto":
@@ -180,15 +186,19 @@ class Model:
             return lambda: PlannedDecoder(self.core, draft_len=length, times=self._times, acceptance=seen)
         if method == "linear":
             return lambda: LinearDecoder(self.core, draft_len=length, acceptance=acceptance)
-        return lambda: TidarDecoder(self.core, draft_len=length, proposals=proposals, acceptance=acceptance, beta=beta)
+        return lambda: TidarDecoder(
+            self.core, draft_len=length, proposals=proposals, alternates=alternates, acceptance=acceptance, beta=beta
+        )
 
-    def _fast_maker(self, engine: Engine, method: Method, length: int, proposals: int | None) -> Callable[[], Decoder]:
+    def _fast_maker(
+        self, engine: Engine, method: Method, length: int, proposals: int | None, alternates: int
+    ) -> Callable[[], Decoder]:
         if method == "auto":
             return lambda: FastDecoder(engine, Planning(length, list(plan.few(length)), self._acceptance))
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
-        chosen = check_proposals(length, proposals)
-        return lambda: FastDecoder(engine, Fixed(length, chosen if length > 1 else 0))
+        chosen, others = check_proposals(length, proposals), check_alternates(alternates)
+        return lambda: FastDecoder(engine, Fixed(length, chosen if length > 1 else 0, others))
 
 
 def load(

@@ -6,7 +6,8 @@ slots**: one causal, one block.
 
 - training  ``[x_1 … x_S | mask × S]``: a mask's causal run ends where its block begins (paper, section 3.1)
 - prefill   ``[prompt | mask × k]``: the masks are the first draft (paper, section 3.2)
-- step      ``[d_1 … d_k | mask × k | … ]``: block j drafts for "exactly j of the drafts accepted" (Figure 3)
+- step      ``[d_1 … d_k | mask × k | … ]``: block j drafts for "exactly j of the drafts accepted" (Figure 3); between
+  them may stand alternates, clean tokens that each continue some of the drafts
 - causal    ordinary autoregressive decoding
 - rollout   one token of many blocks, each continued from its own prefix of a text (training on the model's words)
 - masks     a run of the masks of `training`, alone, behind keys of the clean half that are already there
@@ -42,9 +43,9 @@ class Layout:
         slots: (B, L) int64, the key slot each query's own key is written to.
         causal: (B, L, 2) int64, the run ``[first, end)`` of clean key slots a query sees; its first slot is the
             document's position 0.
-        block: (B, L, 2) int64, the run ``[first, end)`` of slots of the query's own mask block; empty for clean ones.
-            In `rollout`, its own continuation.
-        clean: number of clean queries C (text, drafts and padding); queries C … L-1 are mask tokens.
+        block: (B, L, 2) int64, the run ``[first, end)`` of slots of the query's own mask block; empty for clean ones
+            but alternates, which see themselves. In `rollout`, its own continuation.
+        clean: number of clean queries C (text, drafts, alternates and padding); queries C … L-1 are mask tokens.
         rows: (R,) int64, the queries whose logits are read.
         kv_len: key slots the forward attends over.
     """
@@ -143,13 +144,16 @@ def step(
     levels: Tensor | Sequence[int] | None = None,
     masks: int | None = None,
     *,
+    alternates: int = 0,
     device: torch.device | str = "cpu",
 ) -> Layout:
-    """``[d_1 … d_k | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3 has ``k(k+1)`` queries).
+    """``[d_1 … d_k | A alternates a proposal | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3 has
+    ``k(k+1)`` queries, none of them alternates).
 
     A proposal of level j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+M-1, see
-    the prefix and d_1 … d_j, and each other. Read are all drafts and, of each proposal, all masks but the first: the
-    token after the last accepted draft is the autoregressive one.
+    the prefix and d_1 … d_j, and each other. Each of its alternates stands at position P+j, behind d_j in place of
+    d_j+1, and sees the prefix, d_1 … d_j and itself. Read are all drafts and alternates and, of each proposal, all
+    masks but the first: the token after the last accepted draft is the autoregressive one.
 
     Args:
         lengths: committed tokens of each row, P.
@@ -157,6 +161,7 @@ def step(
         levels: which of 1 … k to draft for, (B, P) integers or the same for all rows; all by default. A tensor's values
             are not checked.
         masks: M, of a proposal; as many as drafts by default.
+        alternates: A, of a proposal.
 
     Raises:
         TidarError: no drafts, or levels outside 1 … k.
@@ -172,20 +177,23 @@ def step(
         levels = torch.tensor(list(levels), dtype=torch.long, device=device)
     base = torch.tensor(lengths, device=device)[:, None]
     draft = torch.arange(k, device=device).expand(len(lengths), k)
-    accepted = levels.expand(len(lengths), levels.shape[-1]).repeat_interleave(width, 1)
+    level = levels.expand(len(lengths), levels.shape[-1])
+    other, accepted = level.repeat_interleave(alternates, 1), level.repeat_interleave(width, 1)
     place = torch.arange(width, device=device).repeat(levels.shape[-1])
-    queries = k + accepted.shape[1]
+    clean = k + other.shape[1]
+    queries = clean + accepted.shape[1]
     slots = base + torch.arange(queries, device=device)
-    block_first = torch.cat([torch.zeros_like(draft), slots[:, k:] - place], 1)
-    block_end = torch.cat([torch.zeros_like(draft), slots[:, k:] - place + width], 1)
-    read_masks = torch.arange(k, queries, device=device)[place > 0]
+    alone = slots[:, k:clean]
+    block_first = torch.cat([torch.zeros_like(draft), alone, slots[:, clean:] - place], 1)
+    block_end = torch.cat([torch.zeros_like(draft), alone + 1, slots[:, clean:] - place + width], 1)
+    read_masks = torch.arange(clean, queries, device=device)[place > 0]
     return Layout(
-        positions=base + torch.cat([draft, accepted + place], 1),
+        positions=base + torch.cat([draft, other, accepted + place], 1),
         slots=slots,
-        causal=_run(0, base + torch.cat([draft + 1, accepted], 1), slots.shape),
+        causal=_run(0, base + torch.cat([draft + 1, other, accepted], 1), slots.shape),
         block=torch.stack([block_first, block_end], -1),
-        clean=k,
-        rows=torch.cat([draft[0], read_masks]),
+        clean=clean,
+        rows=torch.cat([torch.arange(clean, device=device), read_masks]),
         kv_len=max(lengths) + queries,
     )
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["chance", "check_proposals", "levels", "outcomes", "ranks"]
+__all__ = ["MOST_ALTERNATES", "chance", "check_alternates", "check_proposals", "levels", "outcomes", "ranks"]
+
+MOST_ALTERNATES = 8
+"""A, at most."""
 
 
 def check_proposals(draft_len: int, proposals: int | None) -> int:
@@ -31,6 +34,17 @@ def check_proposals(draft_len: int, proposals: int | None) -> int:
     return chosen
 
 
+def check_alternates(alternates: int) -> int:
+    """A.
+
+    Raises:
+        TidarError: outside 0 … `MOST_ALTERNATES`.
+    """
+    if not isinstance(alternates, int) or isinstance(alternates, bool) or not 0 <= alternates <= MOST_ALTERNATES:
+        raise TidarError(f"alternates must be a number between 0 and {MOST_ALTERNATES}, not {alternates}")
+    return alternates
+
+
 def chance(logits: Tensor, drafts: Tensor) -> Tensor:
     """Probabilities (B, R) of ``drafts`` (B, R) by their logits (B, R, V), before temperature and filters; tokens that
     are never drafted have logits of -inf."""
@@ -42,7 +56,7 @@ def outcomes(chances: Tensor) -> Tensor:
 
     Args:
         chances: (B, K - 1) floating point in 0 … 1, of each draft behind the certain token, as of `chance` or of
-            `tidar.kernels.chain.chain`, which serve alike; 0 of a draft that nobody made.
+            `tidar.kernels.chain.chain`; 0 of a draft that nobody made.
     """
     # The model's own choice is the draft more often than the draft was probable: about as often as its root says.
     stands = chances.sqrt()

@@ -18,7 +18,7 @@ import torch
 
 from tidar.config import SamplingParams
 from tidar.decode.base import Decoder
-from tidar.decode.plan import Plan, few
+from tidar.decode.plan import Plan, drafted, few
 from tidar.decode.planner import Acceptance
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
@@ -57,8 +57,8 @@ def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
         if plan.method == "linear":
             found[f"linear k={plan.draft_len}"] = lambda n=plan.draft_len: Alternating(n)  # type: ignore[misc]
         else:
-            name = f"tidar k={plan.draft_len}, {plan.proposals} proposal{'s' * (plan.proposals > 1)}"
-            found[name] = lambda n=plan.draft_len, p=plan.proposals: Fixed(n, p)  # type: ignore[misc]
+            sizes = plan.draft_len, plan.proposals, plan.alternates
+            found[f"tidar k={plan.draft_len}, {drafted(*sizes[1:])}"] = lambda sizes=sizes: Fixed(*sizes)  # type: ignore[misc]
     seen = Acceptance()  # as decoders of one model share it
     found["auto"] = lambda: Planning(k, list(few(k)), seen)
     return found

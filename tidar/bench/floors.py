@@ -70,9 +70,10 @@ def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) ->
     queries = rows * shape.queries
     read = rows * (shape.drafts + (shape.masks - 1 if shape.proposals else 0))
     token = 2 * len(layers) * lean.kv_heads * lean.head_dim * number
-    k, p, m = shape
-    own = k * (k + 1) / 2 + p * m * ((k + 1) / 2 + m)  # whichever are drafted for: the mean level
-    attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * (k + p * m) + own)
+    k, p, m, a = shape
+    level = (k + 1) / 2  # whichever are drafted for: the mean
+    own = k * level + p * m * (level + m) + p * a * (level + 1)
+    attention = 4 * rows * lean.heads * lean.head_dim * len(layers) * (prefix * shape.queries + own)
     moved = held + number * queries * width + token * rows * (prefix + k)
     flops = 2.0 * weights * queries + 2.0 * head * read + attention
     if core.adapters is not None and p:

@@ -18,7 +18,7 @@ from tidar.bench.floors import floor, interleaved, rates
 from tidar.bench.shapes import random_model
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
-from tidar.decode.plan import Shape
+from tidar.decode.plan import Shape, drafted, few, shapes
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.engine import Engine
@@ -33,7 +33,7 @@ ROUNDS, REPEAT = 15, 5
 
 def step_shapes(draft_len: int) -> dict[str, Shape]:
     """Steps worth timing for a draft length K, by name: ``ar``; the two of two-forward decoding; one-forward steps with
-    fewer and fewer proposals."""
+    fewer and fewer proposals, and with alternates."""
     k = draft_len
     found = {
         "ar": Shape(1, 0, 1),
@@ -42,7 +42,10 @@ def step_shapes(draft_len: int) -> dict[str, Shape]:
         "tidar": Shape(k, k, k),
     }
     for count in sorted({k - 1, k // 2 - 1, k // 4 - 1, 2, 1} & set(range(1, k)), reverse=True):
-        found[f"tidar, {count} proposal{'s' * (count > 1)}"] = Shape(k, count, k)
+        found[f"tidar, {drafted(count)}"] = Shape(k, count, k)
+    for plan in few(k):
+        if plan.alternates and plan.draft_len == k:
+            found[f"tidar, {drafted(plan.proposals, plan.alternates)}"] = shapes(plan)[0]
     return found
 
 
@@ -108,10 +111,10 @@ def run(
     for count, prefix in product(rows, prefixes):
         slots = at_rest(engine, count, prefix)
         for draft_len in draft_lens:
-            shapes = step_shapes(draft_len)
-            calls = [engine.step(slots, shape, flags) for shape in shapes.values()]
+            kinds = step_shapes(draft_len)
+            calls = [engine.step(slots, shape, flags) for shape in kinds.values()]
             times = interleaved(calls, rounds=ROUNDS, repeat=REPEAT)
-            for (name, shape), seconds in zip(shapes.items(), times, strict=True):
+            for (name, shape), seconds in zip(kinds.items(), times, strict=True):
                 least = floor(engine.network.lean, shape, count, prefix, rate)
                 lines.append(
                     {

@@ -10,7 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["AR", "SINGLE", "Outcome", "Plan", "Shape", "candidates", "few", "shapes"]
+from tidar.proposals import MOST_ALTERNATES
+
+__all__ = ["AR", "SINGLE", "Outcome", "Plan", "Shape", "candidates", "drafted", "few", "filled", "shapes"]
+
+TILE = 16
+"""Queries of a step that cost about as much as one more."""
 
 
 class Shape(NamedTuple):
@@ -22,11 +27,13 @@ class Shape(NamedTuple):
     """P, which are those of the likeliest outcomes (`tidar.proposals`)."""
     masks: int
     """M, of each proposal."""
+    alternates: int = 0
+    """A, of each proposal."""
 
     @property
     def queries(self) -> int:
         """L."""
-        return self.drafts + self.proposals * self.masks
+        return self.drafts + self.proposals * (self.alternates + self.masks)
 
 
 class Outcome(NamedTuple):
@@ -38,6 +45,9 @@ class Outcome(NamedTuple):
     """How far into their block of masks the next drafts begin: 0 if this outcome was drafted for, M if none serves."""
     places: Sequence[int]
     """Of this outcome, from 0, when the likeliest come first (`tidar.proposals.ranks`)."""
+    met: Sequence[int]
+    """Which of the outcome's alternates, from 0, the token behind the drafts is: then the next first draft is sure. -1
+    if none is."""
 
 
 SINGLE = Shape(1, 0, 1)
@@ -52,11 +62,13 @@ class Plan:
         method: ``ar``, ``linear`` or ``tidar``.
         draft_len: K, tokens verified together; also the masks of a proposal.
         proposals: P, of ``tidar``.
+        alternates: A, of each proposal.
     """
 
     method: str
     draft_len: int = 1
     proposals: int = 0
+    alternates: int = 0
 
 
 AR = Plan("ar")
@@ -69,7 +81,7 @@ def shapes(plan: Plan) -> list[Shape]:
         return [SINGLE]
     if plan.method == "linear":
         return [Shape(k, 0, k), Shape(1, 1, k)]
-    return [Shape(k, plan.proposals, k)]
+    return [Shape(k, plan.proposals, k, plan.alternates)]
 
 
 def candidates(longest: int) -> Iterator[Plan]:
@@ -79,18 +91,35 @@ def candidates(longest: int) -> Iterator[Plan]:
         yield Plan("linear", k)
         for count in sorted({min(count, k) for count in (1, 2, 3, 5, 8, k)}):
             yield Plan("tidar", k, count)
+            if count <= 3:
+                yield Plan("tidar", k, count, 2)
+
+
+def filled(draft_len: int, proposals: int) -> Plan:
+    """With as many alternates as there is room for in the last tile of a step's queries, or of another one."""
+    least = draft_len + proposals * (draft_len + 1)
+    room = -least % TILE
+    return Plan("tidar", draft_len, proposals, min(MOST_ALTERNATES, 1 + room // proposals))
+
+
+def drafted(proposals: int, alternates: int = 0) -> str:
+    """What is drafted for, in words."""
+    words = f"{proposals} proposal{'s' * (proposals > 1)}"
+    return f"{words}, {alternates} alternate{'s' * (alternates > 1)}" if alternates else words
 
 
 def few(longest: int) -> Iterator[Plan]:
     """The plans among which most is decided, where each costs seconds to make ready (`tidar.fast`).
 
-    One proposal fewer than a half, a quarter, … of the drafts fills tiles: 15, 7, 3 and 1 of 16 drafts make 256, 128,
-    64 and 32 queries. The shortest drafts have room for nearly all.
+    One proposal fewer than the drafts fills tiles: 15 of 16 drafts make 256 queries, one alone 32, two 48. Where there
+    is room in a tile, alternates fill it.
     """
     yield AR
     for k in sorted({longest, longest // 2, longest // 4} - {0, 1}, reverse=True):
-        some = {k - 1} if k == longest // 4 else {k - 1, k // 2 - 1, k // 4 - 1, k // 8 - 1}
-        for count in sorted((some | ({2} if k == longest > 2 else set())) - {-1, 0}, reverse=True):
+        some = {k - 1} | ({1} if k > longest // 4 else set()) | ({2} if k == longest > 2 else set())
+        for count in sorted(some, reverse=True):
             yield Plan("tidar", k, count)
+        for count in sorted({n for n in (k // 3 + 1, k // 4 - 1, 2) if 2 <= n < k}, reverse=True):
+            yield filled(k, count)
         if k > longest // 4:
             yield Plan("linear", k)

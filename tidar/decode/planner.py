@@ -9,7 +9,8 @@ drafts at all; other drafts are *fresh*. A tail begins behind a draft that was w
 in its block it begins. And behind an outcome that was *unlikely* drafts stand less often than behind a likely one,
 which plans meet unequally: few proposals are for likely outcomes alone. So what is learned is how often the first,
 second, … draft behind the certain token stood, of three kinds of drafts: fresh ones behind an unlikely outcome, other
-fresh ones, and tails; and how often the outcome that came was among the likeliest.
+fresh ones, and tails; how often the outcome that came was among the likeliest; and how often the token behind it
+was one of its alternates, which makes the next first draft sure.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidar.decode.plan import Plan, Shape, shapes
+from tidar.proposals import MOST_ALTERNATES
 
 __all__ = [
     "TAIL", "Acceptance", "Clock", "Cover", "Measured", "Rates", "Times", "best", "likeliest", "speed",
@@ -50,6 +52,9 @@ LIKELY = 0.2
 """The share of all outcomes, the likeliest, that are no surprise: they cover some three quarters."""
 BELOW = 2 / 3
 """How often an outcome that was not drafted for lies below all that were; 1 is as often as if these stood anywhere."""
+OTHERWISE, FEWER = 0.36, 0.5
+"""How often the first alternate of an outcome is believed to be the token behind it, before any is seen, and each other
+one after the one before it."""
 KINDS = 3
 UNLIKELY, FRESH, TAILS = range(KINDS)
 """Kinds of drafts: fresh ones behind an unlikely outcome, other fresh ones, and tails."""
@@ -69,14 +74,18 @@ class Acceptance:
         # How often an outcome was among the likeliest, at each share of them, and how many there were.
         self._covered: Rates = PRIOR[1] * (1 - (1 - GRID) ** COVER)
         self._placed = PRIOR[1]
+        # How often each alternate was the token, and how often there was one.
+        self._met: Rates = PRIOR[1] * OTHERWISE * np.power(FEWER, np.arange(MOST_ALTERNATES))
+        self._asked: Rates = np.full(MOST_ALTERNATES, PRIOR[1])
 
-    def update(self, kinds: Counts, counts: Counts, accepted: Counts) -> None:
+    def update(self, kinds: Counts, counts: Counts, accepted: Counts, sure: NDArray[np.bool_] | None = None) -> None:
         """Take what one step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
 
         Args:
             kinds: (R,), `UNLIKELY`, `FRESH` or `TAILS`.
             counts: (R,), how many there were, at least 1.
             accepted: (R,), how many of them were accepted.
+            sure: (R,), whether the first was certain to be, which says nothing of others; none by default.
         """
         ends = np.concatenate([np.minimum(accepted + 1, counts), accepted]) + 1  # one past the last: compared, stood
         most = int(ends.max())
@@ -89,6 +98,9 @@ class Acceptance:
         met = behind[:KINDS, 0] > 0
         self._told *= np.where(np.concatenate([met, met]), FORGET, STALE)[:, None]
         self._told[:, 1:most] += behind[:, 2:]
+        if sure is not None and sure.any():
+            self._told[:KINDS, 1] -= np.bincount(kinds[sure], minlength=KINDS)
+            self._told[KINDS:, 1] -= np.bincount(kinds[sure], accepted[sure] > 0, minlength=KINDS)
 
     def placed(self, outcomes: Counts, places: Counts) -> None:
         """Take the places (R,), from 0, that what came had among so many ``outcomes`` (R,), the likeliest first.
@@ -98,13 +110,23 @@ class Acceptance:
         self._covered = FORGET * self._covered + (GRID * outcomes[:, None] - places[:, None]).clip(0, 1).sum(0)
         self._placed = FORGET * self._placed + len(places)
 
+    def tried(self, alternates: int, met: Counts) -> None:
+        """Take which of so many alternates (R,) outcomes were continued by, from 0, -1 where by none."""
+        hit = np.bincount(met[met >= 0], minlength=alternates)
+        self._met[:alternates] = FORGET * self._met[:alternates] + hit
+        self._asked[:alternates] = FORGET * self._asked[:alternates] + len(met)
+
+    def sure(self, alternates: int) -> float:
+        """How often the first draft behind an outcome with so many alternates is sure."""
+        return min(MOST, float((self._met / self._asked)[:alternates].sum()))
+
     def cover(self, plan: Plan) -> Cover:
         """How often outcomes are what a plan is prepared for, in each state of `tokens_per_step`."""
         k = plan.draft_len
         outcomes = k - np.append(np.arange(k), 0)  # as many as there are drafts, the certain token among them
         wanted = np.minimum(plan.proposals if plan.method == "tidar" else k, outcomes)
         drafted, likely = np.interp([wanted / outcomes, likeliest(outcomes) / outcomes], GRID, self._covered)
-        return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed)
+        return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed, self.sure(plan.alternates))
 
     def rates(self, longest: int) -> Rates:
         """(3, longest) probabilities, of fresh drafts behind unlikely outcomes, of others, and of tails; entry 0, the
@@ -143,6 +165,8 @@ class Cover(NamedTuple):
     """Drafted for, and no surprise."""
     drafted: Rates | float
     """Drafted for."""
+    sure: float = 0.0
+    """Continued by an alternate, of those drafted for."""
 
 
 def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
@@ -156,14 +180,16 @@ def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
     k = plan.draft_len
     if plan.method == "ar" or k == 1:
         return 1.0
-    survive = np.cumprod(rates[:, :k], axis=1)
+    rates = rates[:, :k].copy()
+    rates[:TAILS, 1:2] += cover.sure * (1 - rates[:TAILS, 1:2])
+    survive = np.cumprod(rates, axis=1)
     # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 behind an unlikely outcome,
     # and k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.
     kinds, there = _states(k)
     chain = np.zeros((k + 1, k + 1))
     chain[:, :k] = survive[kinds] * there
     # What an outcome leads to: fresh drafts, whatever it is, or what it leaves where it was not drafted for.
-    likely, drafted = np.broadcast_arrays(*cover, np.zeros(k + 1))[:2]
+    likely, drafted = np.broadcast_arrays(*cover[:2], np.zeros(k + 1))[:2]
     missed = _missed(k, plan.proposals if plan.method == "tidar" else k)
     moves = (1 - drafted)[:, None] * ((chain[:, :-1] - chain[:, 1:]) @ missed)
     moves[:, k] += likely

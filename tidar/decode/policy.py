@@ -53,10 +53,11 @@ class Fixed:
     Args:
         draft_len: K, and the masks of a proposal.
         proposals: P; none with a draft length of 1.
+        alternates: A, of each proposal.
     """
 
-    def __init__(self, draft_len: int, proposals: int) -> None:
-        self._draft_len, self._proposals = draft_len, proposals
+    def __init__(self, draft_len: int, proposals: int, alternates: int = 0) -> None:
+        self._draft_len, self._proposals, self._alternates = draft_len, proposals, alternates
 
     def open(self, rows: int) -> int:
         return self._draft_len
@@ -65,7 +66,7 @@ class Fixed:
         pass
 
     def shape(self, held: int) -> Shape:
-        return Shape(held, min(held, self._proposals), self._draft_len)
+        return Shape(held, min(held, self._proposals), self._draft_len, self._alternates if held > 1 else 0)
 
     def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
         pass
@@ -125,11 +126,12 @@ class Planning:
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
         self._unlikely = np.zeros(0, dtype=np.bool_)  # whether what came of the last drafts was
+        self._sure = np.zeros(0, dtype=np.bool_)  # whether the first draft is what an alternate said
 
     def open(self, rows: int) -> int:
         self._new = True
         self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
-        self._unlikely = np.zeros(rows, np.bool_)
+        self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
@@ -159,7 +161,7 @@ class Planning:
         k = min(plan.draft_len, held)
         if k == 1:  # nothing is drafted
             return Shape(1, 1, plan.draft_len)
-        return Shape(k, min(k, plan.proposals), plan.draft_len)
+        return Shape(k, min(k, plan.proposals), plan.draft_len, plan.alternates)
 
     def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
         if seconds is not None:
@@ -169,7 +171,8 @@ class Planning:
         tested = count > 0
         if tested.any():
             kinds = np.where(self._behind > 0, TAILS, np.where(self._unlikely, UNLIKELY, FRESH))
-            self.acceptance.update(kinds[tested], count[tested], np.minimum(n - 1, count)[tested])
+            stood, sure = np.minimum(n - 1, count)[tested], self._sure[tested]
+            self.acceptance.update(kinds[tested], count[tested], stood, sure)
             places = np.asarray(outcome.places, dtype=np.int64)
             # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
             whole = tested & (self._behind == 0)
@@ -179,12 +182,19 @@ class Planning:
             self._unlikely = self._unlikely & tested
         self._block = shape.masks
         self._behind = np.asarray(outcome.behind, dtype=np.int64)
+        met = np.asarray(outcome.met, dtype=np.int64)
+        self._sure = met >= 0
+        # Behind the last draft there are no alternates, whatever a step may hold there.
+        asked = (self._behind == 0) & (n < shape.drafts)
+        if shape.alternates and asked.any():
+            self.acceptance.tried(shape.alternates, met[asked])
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
         if next(self._looking, None) is None:
             self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def select(self, rows: Sequence[int]) -> None:
-        self._behind, self._unlikely = self._behind[list(rows)], self._unlikely[list(rows)]
+        rows = list(rows)
+        self._behind, self._unlikely, self._sure = self._behind[rows], self._unlikely[rows], self._sure[rows]
 
     def _look(self, share: int) -> Iterator[Plan]:
         """Look at ``share`` plans at a time, then follow the quickest."""

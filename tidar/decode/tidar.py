@@ -5,6 +5,10 @@ Each step feeds the drafts d_1 … d_K and, for every number of drafts that may 
 at the drafts give s_1 … s_K; the first n drafts stand, where n is the first place with s_n ≠ d_{n+1} (or K). Block n
 holds the next drafts, s_n is the next d_1.
 
+Beyond the paper, a block may bring *alternates*: tokens that came next after d_{n+1} when it was drafted, each fed as
+if it were s_n. If one of them is, its autoregressive row already tells the token behind s_n, which the block's masks,
+made before s_n was known, miss more often than any other.
+
 With shared noise (``acceptance="gumbel"``) s_j *is* the autoregressive sample at its position, so the text is token for
 token that of `ArDecoder`, whatever was drafted. ``"ratio"`` is the min(1, p/q) rule: the same distribution, other
 tokens. ``beta`` below 1 mixes the draft's logits into s_j and is lossy.
@@ -25,8 +29,8 @@ from tidar.decode.plan import Outcome, Shape
 from tidar.decode.policy import Fixed, Policy
 from tidar.errors import TidarError
 from tidar.model import CausalLM
-from tidar.proposals import chance, check_proposals, levels, ranks
-from tidar.sampling import accept_matching, accept_ratio, draft_ratio, sample, seen_after, trust
+from tidar.proposals import MOST_ALTERNATES, chance, check_alternates, check_proposals, levels, ranks
+from tidar.sampling import accept_matching, accept_ratio, draft_ratio, runners_up, sample, seen_after, trust
 
 __all__ = ["Acceptance", "TidarDecoder"]
 
@@ -40,6 +44,8 @@ class _Picked(NamedTuple):
     """(B, K) of each outcome among the likeliest."""
     levels: Tensor
     """(B, P), ascending."""
+    alternates: Tensor
+    """(B, P, A) tokens."""
 
 
 class TidarDecoder(Rows):
@@ -49,6 +55,7 @@ class TidarDecoder(Rows):
         model: a converted model.
         draft_len: K, drafts checked and masks in a proposal.
         proposals: P, for how many numbers of accepted drafts to draft, the likeliest ones; all K by default.
+        alternates: A, other tokens to try behind the drafts of each proposal.
         acceptance: ``gumbel`` (the same tokens as autoregressive decoding) or ``ratio``.
         beta: weight of the autoregressive logits; 1 is exact, less is lossy (paper, section 3.2, "trust").
 
@@ -64,6 +71,7 @@ class TidarDecoder(Rows):
         *,
         draft_len: int,
         proposals: int | None = None,
+        alternates: int = 0,
         acceptance: Acceptance = "gumbel",
         beta: float = 1.0,
     ) -> None:
@@ -78,8 +86,9 @@ class TidarDecoder(Rows):
         self.draft_len = draft_len
         self.acceptance = acceptance
         self.beta = beta
-        self.policy: Policy = Fixed(draft_len, self.proposals)
-        self._drafts = self._q = self._chances = torch.empty(0, device=model.device)
+        self.alternates = check_alternates(alternates)
+        self.policy: Policy = Fixed(draft_len, self.proposals, self.alternates)
+        self._drafts = self._q = self._chances = self._others = torch.empty(0, device=model.device)
 
     def shape(self) -> Shape:
         """Of the next step."""
@@ -96,14 +105,16 @@ class TidarDecoder(Rows):
         certain: list[list[int]] = first.tolist()
         self.note(certain)
         made = torch.ones(len(prompts), self.draft_len - 1, dtype=torch.bool, device=first.device)
-        self._drafts = self._next_drafts(first, hidden[:, 2:], made)
+        self._drafts = self._next_drafts(first, hidden[:, 2:], made, self.alternates)
         return certain
 
     def step(self) -> list[list[int]]:
         model, shape = self.model, self.shape()
         picked = self._pick(shape)
-        plan = layout.step(self.cache.lengths, shape.drafts, picked.levels, shape.masks, device=model.device)
-        hidden = model.hidden(plan.tokens(self._drafts, model.mask_id), plan, cache=self.cache)
+        sizes = shape.drafts, picked.levels, shape.masks
+        plan = layout.step(self.cache.lengths, *sizes, alternates=shape.alternates, device=model.device)
+        clean = torch.cat([self._drafts, picked.alternates.flatten(1)], 1)
+        hidden = model.hidden(plan.tokens(clean, model.mask_id), plan, cache=self.cache)
         self.forwards += 1
         accepted, follow = self._verify(hidden, shape, picked)
         counts: list[int] = accepted.tolist()
@@ -111,22 +122,25 @@ class TidarDecoder(Rows):
         certain = [d[1:n] + d[-1:] for d, n in zip(drafts, counts, strict=True)]
         self.cache.commit(counts)
         self.note(certain)
-        masks, made, behind = self._proposal(hidden[:, shape.drafts :], accepted, shape, picked)
-        self._drafts = self._next_drafts(follow, masks, made)
+        masks, made, behind = self._proposal(hidden[:, plan.clean :], accepted, shape, picked)
+        met, sure = self._met(hidden[:, shape.drafts : plan.clean], accepted, follow, behind, picked)
+        self._drafts = self._next_drafts(follow, masks, made, shape.alternates, met >= 0, sure)
         places = picked.places.gather(1, accepted[:, None] - 1)[:, 0]
-        self.outcome = Outcome(counts, behind.tolist(), places.tolist())
+        self.outcome = Outcome(counts, behind.tolist(), places.tolist(), met.tolist())
         return certain
 
     def select(self, rows: list[int]) -> None:
         super().select(rows)
         index = torch.tensor(rows, device=self._drafts.device)
-        self._drafts, self._chances = self._drafts[index], self._chances[index]
+        self._drafts, self._chances, self._others = self._drafts[index], self._chances[index], self._others[index]
         if self.acceptance == "ratio":
             self._q = self._q[index]
 
     def _pick(self, shape: Shape) -> _Picked:
         places = ranks(self._chances[:, : shape.drafts - 1])
-        return _Picked(places, levels(places, shape.proposals))
+        chosen = levels(places, shape.proposals)
+        row = torch.arange(len(chosen), device=chosen.device)[:, None]
+        return _Picked(places, chosen, self._others[row, chosen - 1, : shape.alternates])
 
     def _verify(self, hidden: Tensor, shape: Shape, picked: _Picked) -> tuple[Tensor, Tensor]:
         """Accepted drafts (B,), and the autoregressive token (B, 1) after the last of them."""
@@ -134,7 +148,8 @@ class TidarDecoder(Rows):
         logits = self.model.head(hidden[:, :k])
         if self.beta < 1 and shape.proposals:
             drafted = torch.arange(len(logits), device=logits.device)[:, None], picked.levels - 1
-            first = self.model.head(self.model.drafted(hidden[:, k :: shape.masks], self._drafts[drafted]))
+            begin = k + shape.proposals * shape.alternates
+            first = self.model.head(self.model.drafted(hidden[:, begin :: shape.masks], self._drafts[drafted]))
             logits[drafted] = trust(logits[drafted], first, self.beta)
         positions = self.lengths[:, None] + torch.arange(1, k + 1, device=logits.device)
         seen = None if self.seen is None else seen_after(self.seen, self._drafts)
@@ -164,11 +179,37 @@ class TidarDecoder(Rows):
         place = block.clamp(min=0) * shape.masks + offset.clamp(max=shape.masks - 1)
         return masks.gather(1, place[..., None].expand(-1, -1, masks.shape[-1])), offset < shape.masks, behind
 
-    def _next_drafts(self, first: Tensor, hidden: Tensor, made: Tensor) -> Tensor:
-        """(B, 1 + R): the certain token, then drafts from mask states (B, R, D)."""
+    def _met(
+        self, states: Tensor, accepted: Tensor, follow: Tensor, behind: Tensor, picked: _Picked
+    ) -> tuple[Tensor, Tensor]:
+        """Which of its proposal's alternates the next certain token is (B,), -1 if none; and the hidden state (B, 1, D)
+        of that alternate, of ``states`` (B, P·A, D)."""
+        rows, proposals, each = picked.alternates.shape
+        if proposals * each == 0:
+            return torch.full_like(accepted, -1), states.new_zeros(rows, 1, states.shape[-1])
+        row, block = (
+            torch.arange(rows, device=states.device),
+            ((picked.levels <= accepted[:, None]).sum(1) - 1).clamp(0),
+        )
+        same = (picked.alternates[row, block] == follow) & (behind == 0)[:, None]
+        which = same.int().argmax(1)
+        return torch.where(same.any(1), which, -1), states[row, block * each + which][:, None]
+
+    def _next_drafts(
+        self,
+        first: Tensor,
+        hidden: Tensor,
+        made: Tensor,
+        alternates: int,
+        met: Tensor | None = None,
+        sure: Tensor | None = None,
+    ) -> Tensor:
+        """(B, 1 + R): the certain token, then drafts from mask states (B, R, D); where ``met`` (B,), the first draft is
+        the autoregressive token of state ``sure`` (B, 1, D)."""
         count = hidden.shape[1]
         self._q = hidden.new_zeros(len(first), 0, self.model.vocab_size)  # of drafts that are gone
         self._chances = hidden.new_zeros(len(first), 0, dtype=torch.float32)
+        self._others = first.new_zeros(len(first), 1 + count, MOST_ALTERNATES)  # none behind all drafts
         if count == 0:
             return first
         positions = self.lengths[:, None] + torch.arange(1, count + 1, device=first.device)
@@ -179,18 +220,25 @@ class TidarDecoder(Rows):
             states = hidden[:, part]
             if self.model.transition is not None:
                 states = self.model.drafted(states, drafts[-1])
-            chosen, probs, chance = self._choose(states, made[:, part], positions[:, part])
+            if part.start == 0 and met is not None and sure is not None:
+                states = torch.where(met[:, None, None], torch.cat([sure, states[:, 1:]], 1), states)
+            chosen, probs, chance, others = self._choose(states, made[:, part], positions[:, part], alternates)
             drafts.append(chosen)
             q.append(probs)
             chances.append(chance)
+            self._others[:, part, :alternates] = others
         self._chances = torch.cat(chances, 1)
+        if met is not None:
+            self._chances[:, 0].masked_fill_(met, 1)
         if self.acceptance == "ratio":
             self._q = torch.cat(q, 1)
         return torch.cat(drafts, 1)
 
-    def _choose(self, states: Tensor, made: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Drafts (B, R) from states (B, R, D), for "ratio" the probabilities (B, R, V) they were drawn from, and what
-        `tidar.proposals` judges them by (B, R)."""
+    def _choose(
+        self, states: Tensor, made: Tensor, positions: Tensor, alternates: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Drafts (B, R) from states (B, R, D), for "ratio" the probabilities (B, R, V) they were drawn from, what
+        `tidar.proposals` judges them by (B, R), and the tokens (B, R, A) that came next."""
         seen = None if self.seen is None else self.seen[:, None]
         logits = self.model.head(states)
         scores = self.scores(logits, seen)
@@ -203,4 +251,5 @@ class TidarDecoder(Rows):
             drafts, q = draft_ratio(scores, self.params, positions + (self.lengths[:, None] << 32))
         else:
             drafts, q = sample(scores, self.params, positions), scores
-        return drafts, q, chance(logits, drafts) * made
+        others = runners_up(scores, self.params, positions, drafts, alternates)
+        return drafts, q, chance(logits, drafts) * made, others

@@ -122,11 +122,11 @@ class FastDecoder:
         flight = self._flying.popleft()
         if flight.done is not None:
             flight.done.synchronize()
-        entry: list[list[int]] = self._slots.ring[flight.entry, :, : 3 + flight.shape.drafts].tolist()
+        entry: list[list[int]] = self._slots.ring[flight.entry, :, : 4 + flight.shape.drafts].tolist()
         self._check(min(count for count, *_ in entry) < 0)
         rows = [entry[r] for r in flight.rows]
-        outcome = Outcome([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
-        self._read.append((flight.shape, outcome, [row[3 : 3 + row[0]] for row in rows]))
+        outcome = Outcome(*([row[at] for row in rows] for at in range(4)))
+        self._read.append((flight.shape, outcome, [row[4 : 4 + row[0]] for row in rows]))
 
     def _plan(self) -> None:
         self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags, max(self._halfways)))

@@ -95,8 +95,8 @@ class Latency:
         return [median(each) for each in found]
 
 
-def _shape(drafts: int, proposals: int, masks: int) -> Shape:
-    return Shape(int(drafts), int(proposals), int(masks))
+def _shape(drafts: int, proposals: int, masks: int, alternates: int) -> Shape:
+    return Shape(int(drafts), int(proposals), int(masks), int(alternates))
 
 
 def _wait() -> None:

@@ -30,5 +30,5 @@ def load(*, plain: bool) -> Any:
         for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
         make = chain.Shortlists.for_step
-        names["shortlists"] = lambda rows, places, device: make(rows, places, device=device)
+        names["shortlists"] = lambda rows, places, others, device: make(rows, places, others, device=device)
     return SimpleNamespace(**names)

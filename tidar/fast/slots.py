@@ -15,6 +15,7 @@ from torch import Tensor
 from tidar.config import SamplingParams
 from tidar.fast.pages import Pages, table_row
 from tidar.kernels.params import DeviceParams
+from tidar.proposals import MOST_ALTERNATES
 
 __all__ = ["DEPTH", "Slots"]
 
@@ -35,10 +36,12 @@ class Slots:
         limits: (B,) int32.
         drafts: (B, K) int64; the first is certain, its key and value are not in the cache yet.
         chances: (B, K) float32, of the drafts (`tidar.proposals`); the first is not read.
+        others: (B, K, `MOST_ALTERNATES`) int64, the tokens that came next after the draft behind each number of drafts;
+            zeros, or those of earlier drafts, where there was none.
         params: sampling parameters.
         seen: (B, V) bool, tokens of each row's text, for penalties.
         tickets: (B,) int32, steps so far.
-        ring: (DEPTH, B, 3 + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
+        ring: (DEPTH, B, 4 + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
         bad: (1,) int32, not 0 once the network gave NaN.
         kept: what was made for these rows, by key; graphs live here.
     """
@@ -53,14 +56,16 @@ class Slots:
         self.bad = ints(1)
         self.drafts = torch.zeros(rows, most, dtype=torch.long, device=device)
         self.chances = torch.zeros(rows, most, dtype=torch.float32, device=device)
+        self.others = torch.zeros(rows, most, MOST_ALTERNATES, dtype=torch.long, device=device)
         self.params = DeviceParams.of([SamplingParams()] * rows, device)
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
-        self.ring = torch.zeros(DEPTH, rows, 3 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.ring = torch.zeros(DEPTH, rows, 4 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.kept: dict[object, object] = {}
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
-        return self.table, self.lengths, self.limits, self.drafts, self.chances, self.seen, self.tickets, self.bad
+        rows = self.table, self.lengths, self.limits, self.drafts, self.chances, self.others, self.seen
+        return *rows, self.tickets, self.bad
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` returned the first time that ``key`` was asked for."""
@@ -94,7 +99,7 @@ class Slots:
         """Take the named rows of ``other``, with their pages, as they stand between two steps."""
         count = len(rows)
         index = torch.tensor(rows, device=self.device)
-        for mine, theirs in zip(self._state[:6], other._state[:6], strict=True):
+        for mine, theirs in zip(self._state[:-2], other._state[:-2], strict=True):
             mine[:count] = theirs[index]
             mine[count:] = 0
         # Rows that pad keep parameters of nobody or of an earlier request: valid ones, where zeros would not be.

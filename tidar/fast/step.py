@@ -2,7 +2,8 @@
 
 No shape, grid or branch here depends on a device value.
 
-Legend: B rows, K drafts, P proposals of M masks each, L = K + P·M queries, D width, V vocabulary.
+Legend: B rows, K drafts, P proposals of A alternates and M masks each, L = K + P·(A + M) queries, D width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tidar.decode.plan import Shape
 from tidar.fast.adapted import NOWHERE, Masks
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
-from tidar.kernels.reference_step import Picking
+from tidar.kernels.reference_step import SURE, Picking
 from tidar.kernels.workspace import Workspace, fixed_tiles
 from tidar.proposals import chance
 
@@ -45,13 +46,14 @@ class StepLayout:
     """`tidar.layout.step` and `tidar.layout.prefill` as the kernels want them, for B rows on one device.
 
     Attributes:
-        causal: queries before the masks.
+        causal: queries before alternates and masks.
         queries: L.
         levels: (P,) or (B, P) int64.
         counts: (B,) int32, causal queries that are written to the cache.
         lengths, table: of the rows.
         workspace: of the attention; None for the plain twins.
         picking: where to pick the levels; None if they stand.
+        alternates: A.
     """
 
     causal: int
@@ -62,6 +64,12 @@ class StepLayout:
     table: Tensor
     workspace: Workspace | None
     picking: Picking | None = None
+    alternates: int = 0
+
+    @property
+    def clean(self) -> int:
+        """Queries before the masks."""
+        return self.causal + self.levels.shape[-1] * self.alternates
 
 
 class Network:
@@ -94,13 +102,14 @@ class Network:
         return Workspace.for_step(rows, queries, *heads, self.longest, dtype=dtype, device=device, chosen=fixed)
 
     def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Hidden:
-        """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·) and of masks behind them."""
+        """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·), and of alternates and masks
+        behind them."""
         rows, queries = len(tokens), layout.queries
         given = tokens, self.lean.embedding, self.mask_id, queries, layout.causal
         x = self.ops.embed(*given, picking=layout.picking).view(rows * queries, -1)
         masks = NOWHERE
-        if self.adapters is not None and layout.causal < queries:
-            masks = Masks(queries, layout.causal)
+        if self.adapters is not None and layout.clean < queries:
+            masks = Masks(queries, layout.clean)
             masks.of(x).copy_(self.adapters.mask_embedding)
         return self.lean(x, self.attending(rows, layout, slots), masks)
 
@@ -118,6 +127,7 @@ class Network:
             rotary = layer.q_norm, layer.k_norm, self.cos, self.sin
             options = {
                 "causal": layout.causal,
+                "alternates": layout.alternates,
                 "scale": lean.scale,
                 "window": layer.window,
                 "workspace": layout.workspace,
@@ -127,7 +137,8 @@ class Network:
                 out = ops.rotate_attend(heads, *rotary, *stores, layout.counts, layout.levels, eps=lean.eps, **options)
             else:
                 placed = *stores, layout.counts, layout.levels
-                q, k, v = ops.rotate(heads, *rotary, *placed, eps=lean.eps, causal=layout.causal)
+                turned = {"eps": lean.eps, "causal": layout.causal, "alternates": layout.alternates}
+                q, k, v = ops.rotate(heads, *rotary, *placed, **turned)
                 out = ops.attend(q, k, v, *stores, layout.levels, cached=cached, **options)
             return out.view(rows * queries, -1)
 
@@ -154,20 +165,32 @@ class Network:
         return sampled
 
     def draft(
-        self, hidden: Hidden, states: Tensor, made: Tensor, slots: Slots, flags: Flags, every: Tensor | None = None
+        self,
+        hidden: Hidden,
+        states: Tensor,
+        made: Tensor,
+        slots: Slots,
+        flags: Flags,
+        every: Tensor | None = None,
+        alternates: int = 0,
     ) -> None:
-        """Choose the drafts behind the certain tokens from the masks' hidden states ``x[states]``, both (B, M - 1).
+        """Choose the drafts behind the certain tokens from the hidden states ``x[states]``, both (B, M - 1), of masks
+        or alternates as ``made`` says (`tidar.kernels.accept.accept`); and as many ``alternates`` of each.
 
         A draft that nobody made is token 0: any draft is exact. ``every`` (N, V) are the logits of all hidden states,
         if they are known.
         """
-        places = slice(1, 1 + states.shape[1])
-        drafts, chances = slots.drafts[:, places], slots.chances[:, places]
+        count = states.shape[1]
+        drafts, chances = slots.drafts[:, 1 : 1 + count], slots.chances[:, 1 : 1 + count]
+        others = slots.others[:, :count, :alternates] if alternates else None
         if self.transition is None:
             logits = self.logits(hidden, states) if every is None else every[states]
-            chosen = self.sample(logits, slots, flags, first=1)
-            drafts.copy_(chosen * made)
-            chances.copy_(chance(logits.masked_fill(self.suppressed, -torch.inf), chosen) * made)
+            chosen, there = self.sample(logits, slots, flags, first=1), made != 0
+            logits = logits.masked_fill(self.suppressed, -torch.inf)
+            drafts.copy_(chosen * there)
+            chances.copy_((chance(logits, chosen) * there).masked_fill(made == SURE, 1))
+            if others is not None:  # without their noise, which would cost more than it brings
+                others.copy_(logits.scatter(2, chosen[..., None], -torch.inf).topk(alternates).indices)
             return
         lean, ops = self.lean, self.ops
         gate, table, mix = self.transition
@@ -192,7 +215,10 @@ class Network:
             rows=picked,
             out=drafts,
             chances=chances,
-            shortlists=slots.once(("shortlists", made.shape), lambda: ops.shortlists(*made.shape, base.device)),
+            others=others,
+            shortlists=slots.once(
+                ("shortlists", made.shape, alternates), lambda: ops.shortlists(*made.shape, alternates, base.device)
+            ),
         )
 
 
@@ -210,10 +236,12 @@ class Step:
         self._network, self._slots, self._flags = network, slots, flags
         rows, device = slots.rows, slots.device
         self.shape = shape
-        k, proposals, _ = shape
+        k, proposals, _, alternates = shape
         # What a step of one draft may come to is certain, and drafted for or not.
         self._levels = torch.ones(rows, proposals, dtype=torch.long, device=device)
         self._places = torch.zeros(rows, k, dtype=torch.long, device=device)
+        self._alternates = torch.zeros(rows, proposals, alternates, dtype=torch.long, device=device)
+        picking = Picking(slots.chances, self._places, self._levels, slots.others, self._alternates)
         index = torch.arange(rows, device=device)[:, None] * shape.queries + torch.arange(k, device=device)
         self._verify = index.int()
         self._layout = StepLayout(
@@ -224,7 +252,8 @@ class Step:
             lengths=slots.lengths,
             table=slots.table,
             workspace=network.workspace(rows, shape.queries),
-            picking=Picking(slots.chances, self._places, self._levels) if k > 1 else None,
+            picking=picking if k > 1 else None,
+            alternates=alternates,
         )
 
     def __call__(self) -> None:
@@ -250,9 +279,10 @@ class Step:
             slots.bad,
             levels=self._levels,
             places=self._places,
+            alternates=self._alternates,
             masks=self.shape.masks,
             queries=self.shape.queries,
             seen=slots.seen if flags.penalty else None,
         )
         if drafting:
-            network.draft(hidden, states, made, slots, flags, every)
+            network.draft(hidden, states, made, slots, flags, every, self.shape.alternates)

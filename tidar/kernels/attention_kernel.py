@@ -1,6 +1,7 @@
 """The kernel of `tidar.kernels.step_attention`: a tile of query rows over a split of its keys.
 
-Legend: B rows, L queries, C causal ones, P blocks of M masks, Hq = G·Hk query heads, Hk key heads, D head width.
+Legend: B rows, L queries, C causal ones, P blocks of M masks and A alternates each, Hq = G·Hk query heads, Hk key
+heads, D head width.
 """
 
 from __future__ import annotations
@@ -67,11 +68,26 @@ def _pages(table, at, length, table_width, PAGE: tl.constexpr, KEYS: tl.constexp
 
 
 @triton.jit
-def place_of(index, levels, real, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Of query or key ``index`` of the step: position behind the row's length, and level, for a mask."""
-    mask = index - CAUSAL
-    level = tl.load(levels + mask // BLOCK, mask=real & (mask >= 0), other=0).to(tl.int32)
-    return tl.where(mask >= 0, level + mask % BLOCK, index), level
+def place_of(index, levels, real, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr):
+    """Of query or key ``index`` of the step: position behind the row's length, and level, for alternates and masks.
+
+    OTHERS alternates, EACH of a level, stand between causal tokens and blocks of masks.
+    """
+    behind = index - CAUSAL
+    block, offset = (behind - OTHERS) // BLOCK, (behind - OTHERS) % BLOCK
+    if OTHERS:
+        block, offset = tl.where(behind < OTHERS, behind // EACH, block), tl.where(behind < OTHERS, 0, offset)
+    level = tl.load(levels + block, mask=real & (behind >= 0), other=0).to(tl.int32)
+    return tl.where(behind >= 0, level + offset, index), level
+
+
+@triton.jit
+def _block_of(behind, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """Where the block begins of query ``behind`` the causal ones; an alternate is one of its own."""
+    if OTHERS:
+        return tl.where(behind < OTHERS, behind, OTHERS + (behind - OTHERS) // BLOCK * BLOCK)
+    else:
+        return behind // BLOCK * BLOCK
 
 
 @triton.jit
@@ -99,7 +115,8 @@ def attention(
     out, part, peaks, totals, arrived, inner, factor, eps, positions, table_step, table_width,
     Q_STEPS: tl.constexpr, K_STEPS: tl.constexpr, V_STEPS: tl.constexpr, PAGE_STEPS: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    LEVEL_STEP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    OTHERS: tl.constexpr, EACH: tl.constexpr, LEVEL_STEP: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
     HELD: tl.constexpr, FEW: tl.constexpr, FLIGHT: tl.constexpr, APART: tl.constexpr, PDL: tl.constexpr,
@@ -120,16 +137,20 @@ def attention(
     if BLOCK:
         levels += row * LEVEL_STEP
 
-    # Own keys: the causal tokens, then the blocks of masks that have a query in this tile; no other can be seen.
+    # Own keys: the causal tokens, then alternates and blocks of masks that have a query in this tile; no other can be
+    # seen.
     last = (tl.minimum(tile * ROWS + ROWS, QUERIES * GROUP) - 1) // GROUP
     clean = tl.minimum(last + 1, CAUSAL)
     skipped, count, known = 0, clean, length
     if ALIGNED:
         known, clean, count = length + tl.minimum(clean, tl.load(counts + row)), clean * 0, clean * 0
     if BLOCK:
-        from_mask = tl.maximum(tile * ROWS // GROUP - CAUSAL, 0) // BLOCK * BLOCK
-        skipped = CAUSAL + from_mask - clean
-        count = clean + tl.maximum(last - CAUSAL + BLOCK, 0) // BLOCK * BLOCK - from_mask
+        from_block = _block_of(tl.maximum(tile * ROWS // GROUP - CAUSAL, 0), BLOCK, OTHERS)
+        until = _block_of(tl.maximum(last - CAUSAL, 0), BLOCK, OTHERS) + BLOCK
+        if OTHERS:
+            until = tl.where(last - CAUSAL < OTHERS, last - CAUSAL + 1, until)
+        skipped = CAUSAL + from_block - clean
+        count = clean + tl.where(last < CAUSAL, 0, until) - from_block
 
     # Tiles of own keys, then of the prefix, are dealt to the splits in turn. Which of the prefix comes first to a split
     # does not depend on the length (without a window), so its page can be asked for before the length is known.
@@ -149,9 +170,10 @@ def attention(
     # What a query sees of its step: causal tokens before `stop`, masks from `mates` on. `place`: position - length.
     place, stop = query, query + 1
     if BLOCK:
-        place, level = place_of(query, levels, True, CAUSAL, BLOCK)
+        place, level = place_of(query, levels, True, CAUSAL, BLOCK, OTHERS, EACH)
         stop = tl.where(query < CAUSAL, stop, level)
-        mates = tl.where(query < CAUSAL, QUERIES, CAUSAL + (query - CAUSAL) // BLOCK * BLOCK)
+        block = _block_of(query - CAUSAL, BLOCK, OTHERS)
+        mates = tl.where(query < CAUSAL, QUERIES, CAUSAL + block)
 
     used = tl.minimum(own + end - first, SPLITS)
     if ALIGNED:
@@ -212,7 +234,7 @@ def attention(
             page = tl.load(pages + slot // PAGE, mask=fresh, other=0).to(tl.int64)
             place_of_key = key
             if BLOCK:
-                place_of_key, _ = place_of(key, levels, here, CAUSAL, BLOCK)
+                place_of_key, _ = place_of(key, levels, here, CAUSAL, BLOCK, OTHERS, EACH)
             at_key = tl.minimum(length + place_of_key, positions - 1)[:, None]
             new_k = turned(given[:, None], here[:, None], k_norm, eps, cos, sin, at_key, D, WIDTH)
             new_k = new_k.to(k.dtype.element_ty)
@@ -223,7 +245,10 @@ def attention(
         seen = text
         if BLOCK:
             mate = key[None, :] - mates[:, None]
-            seen = text | ((mate >= 0) & (mate < BLOCK))
+            mates_there = (mate >= 0) & (mate < BLOCK)
+            if OTHERS:  # an alternate sees itself
+                mates_there = mates_there & ((query >= CAUSAL + OTHERS)[:, None] | (mate == 0))
+            seen = text | mates_there
         if WINDOW:
             away = tl.where(text, place[:, None] - key[None, :], query[:, None] - key[None, :])
             seen = seen & (away < WINDOW)

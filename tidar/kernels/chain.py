@@ -30,7 +30,8 @@ from tidar.errors import TidarError
 from tidar.kernels.attention_parts import FLOOR, last_to_come
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.pdl import begin, options
-from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, lanes
+from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, check_results, lanes
+from tidar.kernels.reference_step import SURE
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["Shortlists", "chain"]
@@ -100,10 +101,12 @@ def _shortlist(
 
 @triton.jit
 def _follow(
-    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, odds, arrived, out, chances,
-    state_row, state_place, first_row, made_row, made_place, out_row, out_place, chance_row, chance_place,
+    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, odds, runners, arrived,
+    out, chances, others, state_row, state_place, first_row, made_row, made_place, out_row, out_place,
+    chance_row, chance_place, other_row, other_place, other_step,
     PLACES: tl.constexpr, PLACES_UP: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, SAMPLING: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, SURE: tl.constexpr, SAMPLING: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The successors, within a place's shortlist, of some tokens of the one before; the last to come to a row walks."""
     begin(PDL)
@@ -127,22 +130,29 @@ def _follow(
         gate = (gate * tl.sigmoid(gate)).to(weight.dtype)
         # Triton's default for float32 is tf32, which would choose other drafts than the twin.
         acc = tl.dot(gate, tl.trans(weight), acc, input_precision="ieee")
-    acc += tl.load(scores + here + slot)[None, :]
+    sure = tl.load(made + row * made_row + place * made_place) == SURE
+    acc = tl.where(sure, 0.0, acc) + tl.load(scores + here + slot)[None, :]
+    acc = tl.where(acc == acc, acc, float("-inf"))  # NaN would equal nothing
+    peak = tl.minimum(tl.maximum(tl.max(acc, 1), FLOOR), -FLOOR)  # infinities from one another are NaN
+    mass = tl.maximum(tl.sum(tl.exp(acc - peak[:, None]), 1), 1.0)
     if SAMPLING:
         # logits / T + noise has its maximum where logits + T · noise has, which also serves T = 0 and overflows never.
         acc += tl.load(noise + here + slot)[None, :]
-    acc = tl.where(acc == acc, acc, float("-inf"))  # NaN would equal nothing
     top = tl.max(acc, 1)
-    leading = tl.where(acc == top[:, None], (slot << BITS | token.to(tl.int32))[None, :], LAST)
-    tl.store(following + here + line, tl.min(leading, 1))
-    peak = tl.minimum(tl.maximum(top, FLOOR), -FLOOR)  # infinities from one another are NaN
-    mass = tl.maximum(tl.sum(tl.exp(acc - peak[:, None]), 1), 1.0)
-    tl.store(odds + here + line, tl.exp(top - peak) / mass)
+    word = (slot << BITS | token.to(tl.int32))[None, :]
+    leading = tl.min(tl.where(acc == top[:, None], word, LAST), 1)
+    tl.store(following + here + line, leading)
+    tl.store(odds + here + line, top - peak - tl.log(mass))
+    for other in tl.static_range(OTHERS):
+        acc = tl.where(word == leading[:, None], float("-inf"), acc)
+        leading = tl.min(tl.where(acc == tl.max(acc, 1)[:, None], word, LAST), 1)
+        tl.store(runners + (here + line) * OTHERS + other, leading & TOKEN)
 
     if last_to_come(arrived + row, PLACES * (SLOTS // ROWS)):
         places, every = tl.arange(0, PLACES_UP), tl.arange(0, PLACES_UP * SLOTS)
         real = places < PLACES
-        kept = tl.load(made + row * made_row + places * made_place, mask=real, other=0) != 0
+        kind = tl.load(made + row * made_row + places * made_place, mask=real, other=0)
+        kept = kind != 0
         # Look-ups wait for one another. So all successors are read at once before, which brings them into the L1 cache.
         # None is negative: the walk starts at slot 0, and not before they are there.
         table = following + row * PLACES * SLOTS
@@ -156,10 +166,16 @@ def _follow(
         draft = tl.where(kept, walked & TOKEN, 0).to(tl.int64)
         tl.store(out + row * out_row + places * out_place, draft, mask=real)
         if chances is not None:
-            chance = tl.load(
-                odds + (row * PLACES + places) * SLOTS + came, mask=real & kept, other=0.0, cache_modifier=".cg"
-            )
+            lists = (row * PLACES + places) * SLOTS
+            odd = tl.load(odds + lists + came, mask=real & kept, other=float("-inf"), cache_modifier=".cg")
+            if SAMPLING:  # how probable a draft is does not depend on its luck
+                odd -= tl.load(noise + lists + (walked >> BITS), mask=real, other=0.0)
+            chance = tl.where(kind == SURE, 1.0, tl.exp(odd))
             tl.store(chances + row * chance_row + places * chance_place, chance, mask=real)
+        for other in tl.static_range(OTHERS):
+            runner = runners + ((row * PLACES + places) * SLOTS + came) * OTHERS + other
+            came_next = tl.load(runner, mask=real, other=0, cache_modifier=".cg").to(tl.int64)
+            tl.store(others + row * other_row + places * other_place + other * other_step, came_next, mask=real)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +187,8 @@ class Shortlists:
         scores: (B, R, S) float32, their logits without the transition.
         noise: (B, R, S) float32, noise times temperature; written if there is any.
         following: (B, R, S) int32, the successor's slot and token for each token of the list before.
-        odds: (B, R, S) float32, how clearly that successor leads its list.
+        odds: (B, R, S) float32, the log of that successor's probability, with its noise on top.
+        runners: (B · R · S · A) int32, the tokens that come next after it; empty without others.
         arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
     """
 
@@ -180,21 +197,24 @@ class Shortlists:
     noise: Tensor
     following: Tensor
     odds: Tensor
+    runners: Tensor
     arrived: Tensor
 
     @classmethod
-    def for_step(cls, rows: int, places: int, *, device: torch.device | str) -> Shortlists:
-        """Memory for R ``places`` in B ``rows``.
+    def for_step(cls, rows: int, places: int, others: int = 0, *, device: torch.device | str) -> Shortlists:
+        """Memory for R ``places`` in B ``rows`` with A ``others`` each.
 
         Raises:
-            TidarError: sizes below 1.
+            TidarError: sizes below 1, or of others below 0.
         """
-        if min(rows, places) < 1:
-            raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
+        if min(rows, places, 1 + others) < 1:
+            raise TidarError(f"no shortlists for {rows} rows of {places} drafts and {others} others")
         shape = rows, places, GROUPS * KEPT
         tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
         scores, noise, odds = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
-        return cls(tokens, scores, noise, following, odds, torch.zeros(rows, dtype=torch.int32, device=device))
+        runners = torch.zeros(tokens.numel() * others, dtype=torch.int32, device=device)
+        arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+        return cls(tokens, scores, noise, following, odds, runners, arrived)
 
 
 def chain(
@@ -214,6 +234,7 @@ def chain(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     chances: Tensor | None = None,
+    others: Tensor | None = None,
     shortlists: Shortlists | None = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each of the logits that its mask and the draft before it give (`tidar.transition`).
@@ -228,7 +249,8 @@ def chain(
         base: (B, R, V) float32, contiguous in V: the head's logits of the masks' hidden states.
         state: (B, R, W) float32, contiguous in W: the transition's view of them, `Transition.state` of the norm.
         first: (B,) int64 in 0 … V - 1, the certain token before the first draft. Not checked: it stays on the device.
-        made: (B, R) bool. A draft that nobody made is token 0; those behind it are as if it had been made.
+        made: (B, R) bool, or int8. A draft that nobody made is token 0; those behind it are as if it had been made. One
+            that is `tidar.kernels.reference_step.SURE` is of its logits alone, without the transition.
         token_table: (V, W) float32, float16 or bfloat16, contiguous: the transition's view of each token.
         mix: (V, W) in the dtype of ``token_table``, contiguous: the head's weight times `Transition.out`'s.
         suppressed: (V,) bool, tokens that are never drafted, unless all are.
@@ -239,8 +261,10 @@ def chain(
         sampling: whether any temperature may be above 0; without, the three tensors above are not read.
         rows: (B, R) int32 contiguous: base is (N, V) and state (N, W), and these of their rows are meant.
         out: (B, R) int64, any strides, where to write; it may share memory with ``first``, but no element.
-        chances: (B, R) float32, any strides: gets how clearly each draft leads its shortlist, the softmax of ``logits +
-            temperature[b] · noise``; 0 of one that nobody made.
+        chances: (B, R) float32, any strides: gets the probability of each draft by the logits of its shortlist, without
+            noise; 0 of one that nobody made, 1 of one that is sure.
+        others: (B, R, A) int64, any strides: gets the A tokens that come next after each draft, the best first, also of
+            drafts that nobody made.
         shortlists: made for these sizes. Made anew without; give them, and ``out``, where nothing may be allocated.
 
     Returns:
@@ -249,7 +273,8 @@ def chain(
     Raises:
         TidarError: arguments that do not fit together.
     """
-    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out, chances, rows)
+    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, rows)
+    check_results(made, out, chances, others)
     vocab, width = base.shape[-1], state.shape[-1]
     count, places = made.shape
     if base.dtype != torch.float32 or mix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -260,10 +285,11 @@ def chain(
         raise TidarError("logits and states must be contiguous in their last axis")
     if vocab > TOKEN.value:
         raise TidarError(f"the kernel has no vocabularies above {TOKEN.value}: use tidar.kernels.reference_chain")
+    more = 0 if others is None else others.shape[2]
     if shortlists is None:
-        shortlists = Shortlists.for_step(count, places, device=base.device)
-    tokens = shortlists.tokens
-    if tokens.shape[:2] != (count, places) or tokens.device != base.device:
+        shortlists = Shortlists.for_step(count, places, more, device=base.device)
+    tokens, runners = shortlists.tokens, shortlists.runners
+    if tokens.shape[:2] != (count, places) or tokens.device != base.device or len(runners) < tokens.numel() * more:
         raise TidarError(f"the shortlists were made for {tuple(tokens.shape)} on {tokens.device}: make some for this")
     out = torch.empty(count, places, dtype=torch.int64, device=base.device) if out is None else out
     lists = tokens, shortlists.scores, shortlists.noise
@@ -274,9 +300,10 @@ def chain(
     )  # fmt: skip
     fixed = sizes(places, tokens.shape[2], width, mix.element_size())
     _follow[tokens.shape[2] // fixed["ROWS"], places, count](
-        state, first, made, rows, token_table, mix, *lists, shortlists.following, shortlists.odds, shortlists.arrived,
-        out, chances, *state.stride()[:2], *first.stride(), *made.stride(), *out.stride(),
-        *((0, 0) if chances is None else chances.stride()), SAMPLING=sampling, **fixed,
+        state, first, made.view(torch.int8), rows, token_table, mix, *lists, shortlists.following, shortlists.odds,
+        runners, shortlists.arrived, out, chances, others, *state.stride()[:2], *first.stride(), *made.stride(),
+        *out.stride(), *((0, 0) if chances is None else chances.stride()),
+        *((0, 0, 0) if others is None else others.stride()), OTHERS=more, SURE=SURE, SAMPLING=sampling, **fixed,
         **options(base.device),
     )  # fmt: skip
     return out

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from tidar.errors import TidarError
+from tidar.kernels.reference_step import SURE
 from tidar.noise import gumbel
 
-__all__ = ["GROUPS", "chain", "check_chain", "lanes", "shortlist"]
+__all__ = ["GROUPS", "chain", "check_chain", "check_results", "lanes", "shortlist"]
 
 GROUPS = 32
 """G. Lists of 256 tokens lose a few drafts more than lists of 512, whose products are four times as large, which costs
@@ -47,13 +48,15 @@ def chain(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     chances: Tensor | None = None,
+    others: Tensor | None = None,
     shortlists: object = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each leaning on the one before; arguments as `tidar.kernels.chain.chain`.
 
     Any floating dtypes, float64 included, in which the sums are then; ``shortlists`` is not read.
     """
-    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, out, chances, rows)
+    check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, rows)
+    check_results(made, out, chances, others)
     if rows is not None:
         base, state = base[rows.long()], state[rows.long()]
     out = torch.empty(base.shape[:2], dtype=torch.int64, device=base.device) if out is None else out
@@ -64,13 +67,18 @@ def chain(
     for place in range(base.shape[1]):
         tokens = listed[:, place]
         gate = silu(state[:, place].to(wide) + token_table[before].to(wide)).to(mix.dtype)
-        score = scores[:, place] + (mix[tokens].to(wide) @ gate.to(wide)[:, :, None])[:, :, 0]
+        bent = (mix[tokens].to(wide) @ gate.to(wide)[:, :, None])[:, :, 0]
+        sure = (made[:, place].to(torch.int8) == SURE)[:, None]
+        score = scores[:, place] + bent.masked_fill(sure, 0)
+        odds = score.softmax(1).nan_to_num().masked_fill(sure, 1)  # NaN of a list without a token
         if sampling:
             position = lengths.long()[:, None] + offset + place
             noise = gumbel(seed, position, base.shape[2])[:, 0].gather(1, tokens)
             score = score + temperature[:, None].to(wide) * noise
         best = score.argmax(1, keepdim=True)
-        odds = score.softmax(1).nan_to_num()  # of a list without a token
+        if others is not None:
+            ranked = score.scatter(1, best, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+            others[:, place] = tokens.gather(1, ranked[:, : others.shape[2]])
         before = tokens.gather(1, best)[:, 0]
         out[:, place] = torch.where(made[:, place].bool(), before, 0)
         if chances is not None:
@@ -118,8 +126,6 @@ def check_chain(
     temperature: Tensor,
     seed: Tensor,
     lengths: Tensor,
-    out: Tensor | None,
-    chances: Tensor | None,
     chosen: Tensor | None,
 ) -> None:
     """Raise `TidarError` if the arguments of ``chain`` do not fit together."""
@@ -152,7 +158,18 @@ def check_chain(
             raise TidarError(f"{name} must be ({rows},) {dtype}, not {tuple(values.shape)} {values.dtype}")
     if lengths.shape != (rows,) or lengths.dtype != torch.int32:
         raise TidarError(f"lengths must be ({rows},) int32, not {tuple(lengths.shape)} {lengths.dtype}")
+
+
+def check_results(made: Tensor, out: Tensor | None, chances: Tensor | None, others: Tensor | None) -> None:
+    """Raise `TidarError` if the tensors that ``chain`` writes to do not fit its arguments."""
+    rows, places = made.shape
     if chances is not None and (chances.shape != (rows, places) or chances.dtype != torch.float32):
         raise TidarError(f"chances must be {(rows, places)} float32, not {tuple(chances.shape)} {chances.dtype}")
     if out is not None and (out.shape != (rows, places) or out.dtype != torch.int64):
         raise TidarError(f"out must be {(rows, places)} int64, not {tuple(out.shape)} {out.dtype}")
+    if others is not None:
+        listed = GROUPS * KEPT
+        if others.dim() != 3 or others.shape[:2] != (rows, places) or others.dtype != torch.int64:
+            raise TidarError(f"others must be ({rows}, {places}, A) int64, not {tuple(others.shape)} {others.dtype}")
+        if not 1 <= others.shape[2] < listed:
+            raise TidarError(f"a shortlist of {listed} tokens has no {others.shape[2]} others")

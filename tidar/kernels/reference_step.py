@@ -18,7 +18,11 @@ from tidar.kernels.reference import attend, by_row, check_levels, check_pages, w
 from tidar.proposals import levels as likeliest
 from tidar.proposals import ranks
 
-__all__ = ["Picking", "accept", "check_rotate", "embed", "rotate", "rotate_attend"]
+__all__ = ["SURE", "Picking", "accept", "check_rotate", "embed", "rotate", "rotate_attend"]
+
+
+SURE = 2
+"""Of `accept`'s ``made``: the draft is what an alternate's autoregressive logits say."""
 
 
 class Picking(NamedTuple):
@@ -30,6 +34,10 @@ class Picking(NamedTuple):
     """(B, K) int64 contiguous: `tidar.proposals.ranks` go there."""
     levels: Tensor
     """(B, P) int64 contiguous: `tidar.proposals.levels` go there."""
+    others: Tensor | None = None
+    """(B, at least K, at least A) int64: the tokens that came next after the draft behind the first 1 … K drafts."""
+    alternates: Tensor | None = None
+    """(B, P, A) int64 contiguous: the first A others behind the drafts of each level go there."""
 
 
 def rotate(
@@ -47,19 +55,19 @@ def rotate(
     *,
     eps: float,
     causal: int,
+    alternates: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `tidar.kernels.rotate.rotate`."""
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
-    check_levels(levels, heads.shape[0], heads.shape[1], causal)
+    block = check_levels(levels, heads.shape[0], heads.shape[1], causal, alternates)
     kv_heads = k_pages.shape[2]
     q, k, v = heads.split([query_heads, kv_heads, kv_heads], 2)
     if q_norm is not None and k_norm is not None:
         q, k = _normed(q, q_norm, eps), _normed(k, k_norm, eps)
     levels = by_row(levels, len(heads))
-    block = (heads.shape[1] - causal) // max(1, levels.shape[1])
     masks = levels[:, :, None] + torch.arange(block, device=levels.device)
     first = torch.arange(causal, device=levels.device).expand(len(heads), causal)
-    offsets = torch.cat([first, masks.flatten(1)], 1)
+    offsets = torch.cat([first, levels.repeat_interleave(alternates, 1), masks.flatten(1)], 1)
     at = (lengths[:, None] + offsets).clamp(max=cos.shape[0] - 1)
     turn = cos[at][:, :, None], sin[at][:, :, None]
     q, k = _turned(q, *turn), _turned(k, *turn)
@@ -82,12 +90,14 @@ def rotate_attend(
     *,
     eps: float,
     causal: int,
+    alternates: int = 0,
     **options: Any,
 ) -> Tensor:
     """As `tidar.kernels.step_attention.rotate_attend`: one after the other."""
     cache = k_pages, v_pages, block_table, lengths
-    q, k, v = rotate(heads, q_norm, k_norm, cos, sin, *cache, counts, levels, eps=eps, causal=causal)
-    return attend(q, k, v, *cache, levels, causal=causal, **options)
+    rotary = q_norm, k_norm, cos, sin
+    q, k, v = rotate(heads, *rotary, *cache, counts, levels, eps=eps, causal=causal, alternates=alternates)
+    return attend(q, k, v, *cache, levels, causal=causal, alternates=alternates, **options)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,10 +115,15 @@ def embed(
     drafts: Tensor, table: Tensor, mask_id: int, queries: int, count: int, *, picking: Picking | None = None
 ) -> Tensor:
     """As `tidar.kernels.accept.embed`."""
+    clean = drafts[:, :count]
     if picking is not None:
         picking.places.copy_(ranks(picking.chances[:, 1:count]))
         picking.levels.copy_(likeliest(picking.places, picking.levels.shape[1]))
-    return embedding(pad(drafts[:, :count], (0, queries - count), value=mask_id), table)
+        if picking.others is not None and picking.alternates is not None:
+            row = torch.arange(len(drafts), device=drafts.device)[:, None]
+            picking.alternates.copy_(picking.others[row, picking.levels - 1, : picking.alternates.shape[2]])
+            clean = torch.cat([clean, picking.alternates.flatten(1)], 1)
+    return embedding(pad(clean, (0, queries - clean.shape[1]), value=mask_id), table)
 
 
 def accept(
@@ -122,6 +137,7 @@ def accept(
     *,
     levels: Tensor,
     places: Tensor | None,
+    alternates: Tensor | None = None,
     masks: int,
     queries: int,
     seen: Tensor | None = None,
@@ -133,22 +149,32 @@ def accept(
     behind = torch.full_like(n, masks)
     if levels.shape[1]:
         behind = torch.where(block < 0, behind, n - levels.gather(1, block.clamp(min=0)[:, None])[:, 0])
+    follow, each = sampled.gather(1, n[:, None] - 1), 0 if alternates is None else alternates.shape[2]
+    met = torch.full_like(n, -1)
+    if alternates is not None and alternates.numel():
+        same = alternates[torch.arange(rows, device=n.device), block.clamp(min=0)] == follow
+        met = torch.where((behind == 0) & same.any(1), same.int().argmax(1), met)
     for b, (stand, ticket) in enumerate(zip(n.tolist(), tickets.tolist(), strict=True)):
         entry = ring[ticket % len(ring), b]
         entry[0] = -1 if bad.item() else stand
         entry[1] = behind[b]
         if places is not None:
             entry[2] = places[b, stand - 1]
-        entry[3 : 3 + stand] = sampled[b, :stand]
+        entry[3] = met[b]
+        entry[4 : 4 + stand] = sampled[b, :stand]
         if seen is not None:
             seen[b, sampled[b, :stand]] = True
     tickets += 1
-    drafts[:, 0] = sampled.gather(1, n[:, None] - 1)[:, 0]
+    drafts[:, 0] = follow[:, 0]
     lengths.copy_(torch.minimum(lengths + n, limits))
     place = torch.arange(1, masks, device=n.device) + behind[:, None]
-    first = torch.arange(rows, device=n.device) * queries + count + block.clamp(min=0) * masks
-    states = first[:, None] + place.clamp(max=masks - 1)
-    return states.int(), place < masks
+    first, block = torch.arange(rows, device=n.device) * queries + count, block.clamp(min=0)
+    states = first[:, None] + levels.shape[1] * each + block[:, None] * masks + place.clamp(max=masks - 1)
+    made = (place < masks).to(torch.int8)
+    if masks > 1:
+        states[:, 0] = torch.where(met < 0, states[:, 0], first + block * each + met)
+        made[:, 0] = torch.where(met < 0, made[:, 0], SURE)
+    return states.int(), made
 
 
 def check_rotate(

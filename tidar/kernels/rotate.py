@@ -26,8 +26,8 @@ def _rotate(
     heads, q, k, q_norm, k_norm, cos, sin, levels, lengths, counts, k_pages, v_pages, table, eps,
     page_step, slot_step, head_step, table_step, table_width, positions,
     Q: tl.constexpr, K: tl.constexpr, Q_UP: tl.constexpr, K_UP: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, LEVEL_STEP: tl.constexpr, PAGE: tl.constexpr,
-    PDL: tl.constexpr,
+    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr,
+    LEVEL_STEP: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query; program 1 of it takes keys and values."""
     begin(PDL)
@@ -37,7 +37,7 @@ def _rotate(
     length = tl.load(lengths + row)
     place = query
     if BLOCK:
-        place, _ = place_of(query, levels + row * LEVEL_STEP, True, CAUSAL, BLOCK)
+        place, _ = place_of(query, levels + row * LEVEL_STEP, True, CAUSAL, BLOCK, OTHERS, EACH)
     position = tl.minimum(length + place, positions - 1)
     column, inside = columns(H, WIDTH)
     column, inside = column[None, :], inside[None, :]
@@ -77,6 +77,7 @@ def rotate(
     *,
     eps: float,
     causal: int,
+    alternates: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and rotate queries and keys; write the first ``counts[b]`` keys and values behind row b's prefix.
 
@@ -96,10 +97,11 @@ def rotate(
         block_table: (B, n) int32; tokens behind its last page are dropped.
         lengths: (B,) int32, committed tokens of each row.
         counts: (B,) int32 in 0 … L.
-        levels: (P,) or (B, P) integers, as of `tidar.kernels.step_attention.attend`; they and ``causal`` say where the
-            queries stand.
+        levels: (P,) or (B, P) integers, as of `tidar.kernels.step_attention.attend`; they, ``causal`` and
+            ``alternates`` say where the queries stand.
         eps: of the norms.
         causal: C.
+        alternates: A.
 
     Returns:
         Queries (B, L, Hq, H), keys (B, L, Hk, H), and values (B, L, Hk, H), which are a view of ``heads``.
@@ -108,7 +110,7 @@ def rotate(
         TidarError: arguments that do not fit together.
     """
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
-    check_levels(levels, heads.shape[0], heads.shape[1], causal)
+    block = check_levels(levels, heads.shape[0], heads.shape[1], causal, alternates)
     rows, queries, _, width = heads.shape
     kv_heads = k_pages.shape[2]
     q = torch.empty(rows, queries, query_heads, width, dtype=heads.dtype, device=heads.device)
@@ -118,7 +120,7 @@ def rotate(
         *k_pages.stride()[:3], block_table.stride(0), block_table.shape[1], cos.shape[0],
         Q=query_heads, K=kv_heads, Q_UP=power_of_2(query_heads), K_UP=power_of_2(kv_heads), H=width,
         WIDTH=power_of_2(width), QUERIES=queries, CAUSAL=causal,
-        BLOCK=(queries - causal) // levels.shape[-1] if levels.shape[-1] else 0,
+        BLOCK=block, OTHERS=levels.shape[-1] * alternates, EACH=alternates,
         LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=k_pages.shape[1],
         **options(heads.device),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 All queries of a step see the same prefix, drafts and masks alike; only the keys that the step itself brings are seen
 by some and not by others. So the G query heads of a key head and the L queries are folded into one axis of L·G query
 rows, cut into tiles; a tile walks over the prefix, then over the few own keys that its queries may see: the causal
-tokens and the blocks of masks that lie in the tile. Which query sees which of them is index arithmetic.
+tokens, and the alternates and blocks of masks that lie in the tile. Which query sees which of them is index arithmetic.
 
 The softmax is computed online, with the sum divided out at the end (FlashAttention-2, Dao 2023). A step has few
 query rows for a large GPU, so a tile's keys are split among programs (Flash-Decoding, Dao et al. 2023), and the last of
@@ -17,7 +17,8 @@ Lengths, levels and page tables are read on the device only: grid and shapes dep
 captured in a CUDA graph. The kernel is `tidar.kernels.attention_kernel`; `tidar.kernels.reference` and
 `tidar.kernels.reference_step` are the plain twins.
 
-Legend: B rows, L queries, C causal ones, P blocks of M masks, Hq = G·Hk query heads, Hk key heads, D head width.
+Legend: B rows, L queries, C causal ones, P blocks of M masks and A alternates each, Hq = G·Hk query heads, Hk key
+heads, D head width.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def attend(
     levels: Tensor,
     *,
     causal: int,
+    alternates: int = 0,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -66,7 +68,8 @@ def attend(
 
     Query i < C is a causal token at position ``lengths[b] + i`` and sees the prefix and causal tokens 0 … i. Mask m of
     block p is at position ``lengths[b] + levels[p] + m`` and sees the prefix, the first ``levels[p]`` causal tokens and
-    all masks of its block.
+    all masks of its block. Between the two stand P·A alternates: those of block p are at position ``lengths[b] +
+    levels[p]`` and see the prefix, the first ``levels[p]`` causal tokens and themselves.
 
     Args:
         q: (B, L, Hq, D) float32, float16 or bfloat16, rotary embedding applied, as all of the next four.
@@ -78,7 +81,8 @@ def attend(
         lengths: (B,) int32, committed tokens of each row, at most ``n · page_size``.
         levels: (P,) integers in 0 … C, the causal tokens that each block of masks sees, or (B, P), each row's own. Not
             checked: they stay on the device.
-        causal: C; the other L - C queries are P equal blocks.
+        causal: C; of the other L - C queries P·A are alternates, the rest P equal blocks.
+        alternates: A.
         scale: factor on the scores; 1/sqrt(D) by default.
         window: a query sees keys at positions ``> position - window`` only.
         softcap: scores become ``softcap · tanh(scores / softcap)``.
@@ -92,10 +96,12 @@ def attend(
     Raises:
         TidarError: arguments that do not fit together.
     """
-    check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, causal, scale, window, softcap, sinks)
+    bounds = scale, window, softcap
+    check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, causal, alternates, *bounds, sinks)
     cache = k_pages, v_pages, block_table, lengths
     rotary = None if cached is None else (None, None, None, None, cached)
-    return _launch(q, k_new, v_new, rotary, *cache, levels, 0.0, causal, scale, window, softcap, sinks, out, workspace)
+    shape = 0.0, causal, alternates
+    return _launch(q, k_new, v_new, rotary, *cache, levels, *shape, *bounds, sinks, out, workspace)
 
 
 def rotate_attend(
@@ -113,6 +119,7 @@ def rotate_attend(
     *,
     eps: float,
     causal: int,
+    alternates: int = 0,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -132,7 +139,7 @@ def rotate_attend(
         counts: (B,) int32 in 0 … C, causal tokens of each row whose keys and values are written.
         levels: (P,) or (B, P) integers in 0 … C.
         eps: of the norms.
-        causal, scale, window, softcap, sinks, out, workspace: as of `attend`.
+        causal, alternates, scale, window, softcap, sinks, out, workspace: as of `attend`.
 
     Returns:
         (B, L, Hq, D).
@@ -143,9 +150,10 @@ def rotate_attend(
     cache = k_pages, v_pages, block_table, lengths
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, *cache, counts)
     q, k, v = heads.split([query_heads, k_pages.shape[2], k_pages.shape[2]], 2)
-    check_step(q, k, v, *cache, levels, causal, scale, window, softcap, sinks)
+    bounds = scale, window, softcap
+    check_step(q, k, v, *cache, levels, causal, alternates, *bounds, sinks)
     rotary = q_norm, k_norm, cos, sin, counts
-    return _launch(q, k, v, rotary, *cache, levels, eps, causal, scale, window, softcap, sinks, out, workspace)
+    return _launch(q, k, v, rotary, *cache, levels, eps, causal, alternates, *bounds, sinks, out, workspace)
 
 
 def _launch(
@@ -160,6 +168,7 @@ def _launch(
     levels: Tensor,
     eps: float,
     causal: int,
+    alternates: int,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -183,12 +192,13 @@ def _launch(
             f"the workspace was made for {workspace.shape} on {workspace.part.device}: make one for this step"
         )
     chosen = workspace.tiles
-    group, block = query_heads // heads, (length - causal) // blocks if blocks else 0
+    group, others = query_heads // heads, blocks * alternates
+    block = (length - causal - others) // blocks if blocks else 0
     inner = (width**-0.5 if scale is None else scale) / (softcap or 1)
     factor = LOG2E.value * (softcap or inner)
     wide = max(16, power_of_2(width))
     turned, cached = (rotary[2], rotary[2] is None) if rotary else (None, False)
-    own = own_keys(chosen, 0 if cached else causal, block, blocks, group)
+    own = own_keys(chosen, 0 if cached else causal, block, blocks, group, others)
     joined = joining(chosen, length * group, wide)
     if cached:
         joined["FLIGHT"] = min(FLIGHT, chosen.splits)  # not as many as this step has registers for
@@ -207,7 +217,8 @@ def _launch(
         out, workspace.part, workspace.peaks, workspace.totals, workspace.arrived, inner, factor,
         eps, 0 if turned is None else turned.shape[0], block_table.stride(0), block_table.shape[1],
         Q_STEPS=q.stride(), K_STEPS=k_new.stride(), V_STEPS=v_new.stride(), PAGE_STEPS=k_pages.stride(),
-        CAUSAL=causal, BLOCK=block, LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=page,
+        CAUSAL=causal, BLOCK=block, OTHERS=others, EACH=alternates,
+        LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=page,
         WINDOW=window or 0, SOFTCAP=softcap is not None, KEYS=chosen.keys,
         OWN=own if turned is None else min(own, TURNED), FEW=joined["FEW"], APART=apart, **fixed,
         num_warps=chosen.warps, num_stages=chosen.stages, **contraction,

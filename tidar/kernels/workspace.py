@@ -111,16 +111,16 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int) -> int:
+def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int, others: int = 0) -> int:
     """Own keys taken at a time: all that a tile of query rows may see, but no more than of the prefix."""
     queries, split = divmod(chosen.rows, group)
     if split:
         queries = (chosen.rows - 2) // group + 2  # that a tile can touch
     touched = 0
     if block:
-        inside = not split and queries % block == 0 and causal % block == 0  # no block lies in two tiles
+        inside = not split and queries % block == 0 and (causal + others) % block == 0  # no block lies in two tiles
         touched = min(blocks, queries // block if inside else (queries - 2) // block + 2)
-    return min(chosen.keys, max(16, power_of_2(causal + touched * block)))
+    return min(chosen.keys, max(16, power_of_2(causal + min(others, queries) + touched * block)))
 
 
 def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
