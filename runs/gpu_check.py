@@ -37,6 +37,8 @@ TESTS = (
     "test_lean.py",
     "test_deterministic.py",
     "test_adapters_fast.py",
+    "test_proposals.py",
+    "test_alternates.py",
 )
 
 
