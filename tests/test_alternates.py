@@ -30,7 +30,7 @@ from tidar.fast.engine import Engine
 from tidar.fast.step import Step
 from tidar.kernels import reference, reference_chain
 from tidar.kernels import reference_step as plain
-from tidar.kernels.reference_step import SURE, Picking
+from tidar.kernels.reference_step import SURE, Picking, Runners
 from tidar.model import CausalLM
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
@@ -162,29 +162,45 @@ def test_rotate_places_alternates() -> None:
 # --- beside the network ---
 
 
-def test_embed_picks_their_tokens() -> None:
+@pytest.mark.parametrize("scored", [False, True])
+def test_embed_picks_their_tokens(scored: bool) -> None:
+    """The best behind the draft, of tokens in their order or of lists with their scores."""
     pytest.importorskip("triton")
     from tidar.kernels import accept as fused
 
-    rows, k, count, each, vocab = 3, 5, 2, 3, 90
+    rows, k, count, each, vocab, listed = 3, 5, 2, 3, 90, 16
     table = torch.randn(vocab, 8, device=DEVICE)
     chances = torch.rand(rows, k + 2, device=DEVICE)
     drafts = torch.randint(vocab, (rows, k + 2), device=DEVICE)
-    others = torch.randint(vocab, (rows, k + 1, each + 2), device=DEVICE)
+    tokens = torch.randint(vocab, (rows, k - 1, listed), device=DEVICE)
+    runners = Runners(tokens)
+    if scored:
+        scores = torch.randn(rows, k - 1, listed, listed, device=DEVICE).round(decimals=1)  # some are equal
+        runners = Runners(tokens.int(), scores, torch.randint(listed, (rows, k - 1), device=DEVICE).int())
+    best = runners.best(each)
     found = []
     for run in (fused.embed, plain.embed):
         places, chosen = (torch.full((rows, n), -7, device=DEVICE) for n in (k, count))
-        tokens = torch.full((rows, count, each), -7, device=DEVICE)
-        picking = Picking(chances, places, chosen, others, tokens)
+        named = torch.full((rows, count, each), -7, device=DEVICE)
+        picking = Picking(chances, places, chosen, runners, named)
         out = run(drafts, table, vocab - 1, k + count * (each + 4), k, picking=picking)
         for row in range(rows):
-            wanted = [int(others[row, level - 1, a]) for level in chosen[row].tolist() for a in range(each)]
-            assert tokens[row].flatten().tolist() == wanted
+            wanted = [int(best[row, min(level, k - 1) - 1, a]) for level in chosen[row].tolist() for a in range(each)]
+            assert named[row].flatten().tolist() == wanted
             assert torch.equal(out[row, k : k + count * each], table[wanted])
         assert torch.equal(out[:, :k], table[drafts[:, :k]])
         assert torch.equal(out[:, k + count * each :], table[-1].expand(rows, count * 4, 8))
-        found.append((places, chosen, tokens, out))
+        found.append((places, chosen, named, out))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_runners_up_by_hand() -> None:
+    scores = torch.tensor([[9.0, 1.0, 2.0], [3.0, 5.0, 5.0], [0.0, 0.0, 0.0]])[None, None]
+    tokens = torch.tensor([[[70, 80, 90]]], dtype=torch.int32)
+    for came, wanted in ((0, [90, 80]), (1, [90, 70]), (2, [80, 90])):
+        found = Runners(tokens, scores, torch.tensor([[came]], dtype=torch.int32)).best(2)
+        assert found.tolist() == [[wanted]]
+    assert Runners(tokens).best(2).tolist() == [[[70, 80]]]
 
 
 def test_accept_by_hand() -> None:
@@ -248,24 +264,24 @@ def test_the_chain_tells_what_came_next(sampling: bool) -> None:
         "offset": 1,
         "sampling": sampling,
     }
+    lists = fused.Shortlists.for_step(rows, places, ranked=True, device=DEVICE)
+    named = reference_chain.PlainLists(torch.full((rows, places, count), -7, device=DEVICE))
     found = []
-    for module in (fused, reference_chain):
-        others = torch.full((rows, places, count + 2), -7, device=DEVICE)
+    for module, kept in ((fused, lists), (reference_chain, named)):
         chances = torch.zeros(rows, places, device=DEVICE)
-        out = module.chain(*given, **options, chances=chances, others=others[:, :, :count])
-        assert bool((others[:, :, count:] == -7).all())
-        found.append((out, chances, others))
+        out = module.chain(*given, **options, chances=chances, shortlists=kept)
+        found.append((out, chances, kept.runners.best(count)))
     torch.testing.assert_close(found[0][1], found[1][1])
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][2])
     out, chances, others = found[0]
     assert chances[0, 0] == 1 and chances[0, 3] == 0 and bool((chances[1] < 1).all())
     for row in range(rows):
         for place in range(places - 1):
-            same = {int(out[row, place]), *others[row, place, :count].tolist()}
+            same = {int(out[row, place]), *others[row, place].tolist()}
             assert len(same) == count + 1, "none twice, and not the draft"
     if not sampling:
         wanted = base[0, 0].topk(1 + count).indices.tolist()
-        assert [int(out[0, 0]), *others[0, 0, :count].tolist()] == wanted, "a sure one is of its logits alone"
+        assert [int(out[0, 0]), *others[0, 0].tolist()] == wanted, "a sure one is of its logits alone"
 
 
 COMPILE = """
@@ -273,12 +289,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tidar.kernels import accept
-kinds = dict(sampled="*i64", drafts="*i64", lengths="*i32", limits="*i32", tickets="*i32", ring="*i32", places="*i64",
-    levels="*i64", alternates="*i64", others="*i64", states="*i32", made="*i8", seen="*i1", bad="*i32",
+kinds = dict(named="*i32", scores="*fp32", came="*i32", sampled="*i64",
+    drafts="*i64", lengths="*i32", limits="*i32", tickets="*i32", ring="*i32", places="*i64",
+    levels="*i64", alternates="*i64", states="*i32", made="*i8", seen="*i1", bad="*i32",
     table="*bf16", out="*bf16", chances="*fp32")
 sizes = dict(DRAFTS=16, DRAFTS_UP=16, PROPOSALS=3, PDL=1, QUERIES=79, EACH=5)
 for kernel, more in (
-    (accept._embed, dict(D=384, WIDTH=512)),
+    (accept._embed, dict(D=384, WIDTH=512, RUNS=15, SLOTS=256)),
     (accept._accept, dict(PROPOSALS_UP=4, EACH_UP=8, SURE=2, MASKS=16, MASKS_UP=16, DEPTH=16)),
 ):
     fixed, names = sizes | more, kernel.arg_names
@@ -396,7 +413,9 @@ def test_fast_and_plain_meet_the_same(leaning: CausalLM) -> None:
     met = 0
     with torch.inference_mode():
         assert fast.prefill(PROMPTS, params) == slow.prefill(PROMPTS, params)
-        fast._slots.others[:3, :4] = slow._others  # a prefill of the fast path names none
+        lists = engine.network.lists(fast._slots, 3, ranked=True)  # a prefill of the fast path names none
+        if lists.runners.scores is None:
+            lists.tokens[:3] = slow._others[:3, :3]
         for _ in range(60):
             fast._slots.chances[:3, 1:4] = slow._chances.float()
             made = torch.nn.functional.pad(slow._chances > 0, (0, 1))
@@ -409,31 +428,20 @@ def test_fast_and_plain_meet_the_same(leaning: CausalLM) -> None:
     assert met > 3
 
 
-def test_rows_move_with_their_alternates(leaning: CausalLM) -> None:
-    engine = Engine(leaning, plain=DEVICE == "cpu")
-    decoder = FastDecoder(engine, Fixed(4, 2, 2), ahead=1)
-    with torch.inference_mode():
-        decoder.prefill(PROMPTS, [SamplingParams(max_new_tokens=50)] * 3)
-        decoder.step()
-        before = decoder._slots.others[2].clone()
-        decoder.select([2])
-    assert decoder._slots.rows == 1 and torch.equal(decoder._slots.others[0], before)
-    assert bool(before[:3, :2].any()) and not bool(before[:, 2:].any())
-
-
 def test_a_step_tries_what_came_next(leaning: CausalLM) -> None:
     engine = Engine(leaning, plain=DEVICE == "cpu")
     decoder = FastDecoder(engine, Fixed(4, 2, 2), ahead=1)
     with torch.inference_mode():
         decoder.prefill(PROMPTS, [SamplingParams(max_new_tokens=50)] * 3)
+        decoder.step()
         slots = decoder._slots
-        slots.others.copy_(torch.arange(slots.others.numel(), device=DEVICE).view_as(slots.others) % 90)
         step = Step(engine.network, slots, Shape(4, 2, 4, 2), decoder._flags)
-        others = slots.others.clone()
+        named = engine.network.lists(slots, 3, ranked=True).runners.best(2).clone()
         step()
+    assert bool(named[:3].any())
     for row in range(3):
         levels = step._levels[row].tolist()
-        assert step._alternates[row].tolist() == [others[row, level - 1, :2].tolist() for level in levels]
+        assert step._alternates[row].tolist() == [named[row, min(level, 3) - 1].tolist() for level in levels]
 
 
 # --- plans ---
@@ -443,10 +451,10 @@ def test_alternates_fill_tiles() -> None:
     for k, count in ((16, 2), (16, 3), (16, 6), (8, 3), (8, 2), (4, 2), (5, 2)):
         plan = filled(k, count)
         queries = shapes(plan)[0].queries
-        assert 1 <= plan.alternates <= 8
+        assert 1 <= plan.alternates <= 4
         assert -(-queries // 16) == -(-(k + count * (k + 1)) // 16), "no tile more than one alternate each needs"
-        assert plan.alternates == 8 or -(-(queries + count) // 16) > -(-queries // 16), "and no room left"
-    assert [p.alternates for p in few(16) if p.draft_len == 16 and p.method == "tidar"] == [0, 0, 0, 2, 5, 8]
+        assert plan.alternates == 4 or -(-(queries + count) // 16) > -(-queries // 16), "and no room left"
+    assert [p.alternates for p in few(16) if p.draft_len == 16 and p.method == "tidar"] == [0, 0, 0, 2, 4, 4]
     assert any(p.alternates for p in candidates(16)) and not any(p.alternates for p in few(16) if p.method != "tidar")
     assert (drafted(1), drafted(2, 1), drafted(3, 4)) == (
         "1 proposal",

@@ -211,18 +211,18 @@ from tidar.kernels import chain
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, lanes
 dealt = dict(VOCAB={vocab}, GROUPS=GROUPS, LANES=lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
 dealt["num_warps"] = chain.TOGETHER
-follow = dict(OTHERS={others}, SURE=2)
+follow = dict(SURE=2) if {ranked} else dict(SURE=2, choices=None, came_from=None)
 follow |= dict(made_place=1, out_place=1, chance_place=1, **chain.sizes({places}, KEPT * GROUPS, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i8", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
-    noise="*fp32", following="*i32", odds="*fp32", runners="*i32", others="*i64", arrived="*i32",
+    noise="*fp32", following="*i32", odds="*fp32", choices="*fp32", came_from="*i32", arrived="*i32",
     chances="*fp32", chosen_rows="*i32")
 for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
     options = {{n: fixed.pop(n) for n in ("num_warps", "num_stages") if n in fixed}}
     fixed |= dict(SAMPLING={sampling}, PDL=1)
     names = kernel.arg_names
     kinds = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
-    aligned = [n for n in names if kinds[n].startswith("*") and n not in ("out", "made", "chances", "others")]
+    aligned = [n for n in names if kinds[n].startswith("*") and n not in ("out", "made", "chances")]
     aligned += [n for n in ("base_row", "base_place", "state_row", "state_place") if n in names]
     even = {{(names.index(n),): [["tt.divisibility", 16]] for n in aligned}}
     source = ASTSource(kernel, kinds, {{(names.index(n),): v for n, v in fixed.items()}}, even)
@@ -240,13 +240,19 @@ for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize(
-    ("vocab", "places", "dtype", "others"),
-    [(4096, 15, "bf16", 0), (4096, 63, "fp16", 8), (4096, 15, "fp32", 5), (151_936, 3, "bf16", 2)],
+    ("vocab", "places", "dtype", "ranked"),
+    [
+        (4096, 15, "bf16", False),
+        (4096, 15, "bf16", True),
+        (4096, 63, "fp16", True),
+        (4096, 15, "fp32", True),
+        (151_936, 3, "bf16", False),
+    ],
 )
 def test_compiles_for_hopper_without_spilling(
-    vocab: int, places: int, dtype: str, others: int, sampling: bool, tmp_path: Path
+    vocab: int, places: int, dtype: str, ranked: bool, sampling: bool, tmp_path: Path
 ) -> None:
-    given = {"vocab": vocab, "places": places, "dtype": dtype, "others": others, "size": 4 if dtype == "fp32" else 2}
+    given = {"vocab": vocab, "places": places, "dtype": dtype, "ranked": ranked, "size": 4 if dtype == "fp32" else 2}
     (tmp_path / "compile.py").write_text(COMPILE.format(**given, sampling=sampling, path=str(tmp_path)))
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)

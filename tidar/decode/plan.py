@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tidar.proposals import MOST_ALTERNATES
-
 __all__ = ["AR", "SINGLE", "Outcome", "Plan", "Shape", "candidates", "drafted", "few", "filled", "shapes"]
 
 TILE = 16
 """Queries of a step that cost about as much as one more."""
+ENOUGH = 4
+"""Alternates from which on another one hardly ever comes."""
 
 
 class Shape(NamedTuple):
@@ -99,7 +99,7 @@ def filled(draft_len: int, proposals: int) -> Plan:
     """With as many alternates as there is room for in the last tile of a step's queries, or of another one."""
     least = draft_len + proposals * (draft_len + 1)
     room = -least % TILE
-    return Plan("tidar", draft_len, proposals, min(MOST_ALTERNATES, 1 + room // proposals))
+    return Plan("tidar", draft_len, proposals, min(ENOUGH, 1 + room // proposals))
 
 
 def drafted(proposals: int, alternates: int = 0) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from tidar.proposals import MOST_ALTERNATES
+
 __all__ = ["load"]
 
 
@@ -23,12 +27,14 @@ def load(*, plain: bool) -> Any:
 
         for module in (reference, reference_chain, reference_products, plain_sample, reference_step):
             names |= {name: getattr(module, name) for name in module.__all__}
-        names["shortlists"] = lambda *_: None
+        names["shortlists"] = lambda rows, places, device, ranked: reference_chain.PlainLists(
+            torch.zeros(rows, places, MOST_ALTERNATES if ranked else 0, dtype=torch.long, device=device)
+        )
     else:
         from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, step_attention
 
         for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
         make = chain.Shortlists.for_step
-        names["shortlists"] = lambda rows, places, others, device: make(rows, places, others, device=device)
+        names["shortlists"] = lambda rows, places, device, ranked: make(rows, places, ranked=ranked, device=device)
     return SimpleNamespace(**names)

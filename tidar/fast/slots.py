@@ -15,7 +15,6 @@ from torch import Tensor
 from tidar.config import SamplingParams
 from tidar.fast.pages import Pages, table_row
 from tidar.kernels.params import DeviceParams
-from tidar.proposals import MOST_ALTERNATES
 
 __all__ = ["DEPTH", "Slots"]
 
@@ -36,8 +35,6 @@ class Slots:
         limits: (B,) int32.
         drafts: (B, K) int64; the first is certain, its key and value are not in the cache yet.
         chances: (B, K) float32, of the drafts (`tidar.proposals`); the first is not read.
-        others: (B, K, `MOST_ALTERNATES`) int64, the tokens that came next after the draft behind each number of drafts;
-            zeros, or those of earlier drafts, where there was none.
         params: sampling parameters.
         seen: (B, V) bool, tokens of each row's text, for penalties.
         tickets: (B,) int32, steps so far.
@@ -56,7 +53,6 @@ class Slots:
         self.bad = ints(1)
         self.drafts = torch.zeros(rows, most, dtype=torch.long, device=device)
         self.chances = torch.zeros(rows, most, dtype=torch.float32, device=device)
-        self.others = torch.zeros(rows, most, MOST_ALTERNATES, dtype=torch.long, device=device)
         self.params = DeviceParams.of([SamplingParams()] * rows, device)
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
         self.ring = torch.zeros(DEPTH, rows, 4 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -64,8 +60,7 @@ class Slots:
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
-        rows = self.table, self.lengths, self.limits, self.drafts, self.chances, self.others, self.seen
-        return *rows, self.tickets, self.bad
+        return self.table, self.lengths, self.limits, self.drafts, self.chances, self.seen, self.tickets, self.bad
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` returned the first time that ``key`` was asked for."""

@@ -18,9 +18,10 @@ from tidar.decode.plan import Shape
 from tidar.fast.adapted import NOWHERE, Masks
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
 from tidar.fast.slots import Slots
+from tidar.kernels.reference_chain import PlainLists
 from tidar.kernels.reference_step import SURE, Picking
 from tidar.kernels.workspace import Workspace, fixed_tiles
-from tidar.proposals import chance
+from tidar.proposals import MOST_ALTERNATES, chance
 
 __all__ = ["Flags", "Network", "Step", "StepLayout"]
 
@@ -180,17 +181,18 @@ class Network:
         A draft that nobody made is token 0: any draft is exact. ``every`` (N, V) are the logits of all hidden states,
         if they are known.
         """
-        count = states.shape[1]
-        drafts, chances = slots.drafts[:, 1 : 1 + count], slots.chances[:, 1 : 1 + count]
-        others = slots.others[:, :count, :alternates] if alternates else None
+        places = slice(1, 1 + states.shape[1])
+        drafts, chances = slots.drafts[:, places], slots.chances[:, places]
+        lists = self.lists(slots, states.shape[1], ranked=alternates > 0)
         if self.transition is None:
             logits = self.logits(hidden, states) if every is None else every[states]
             chosen, there = self.sample(logits, slots, flags, first=1), made != 0
             logits = logits.masked_fill(self.suppressed, -torch.inf)
             drafts.copy_(chosen * there)
             chances.copy_((chance(logits, chosen) * there).masked_fill(made == SURE, 1))
-            if others is not None:  # without their noise, which would cost more than it brings
-                others.copy_(logits.scatter(2, chosen[..., None], -torch.inf).topk(alternates).indices)
+            if alternates:  # without their noise, which would cost more than it brings
+                named = logits.scatter(2, chosen[..., None], -torch.inf).topk(alternates).indices
+                lists.tokens[:, :, :alternates] = named
             return
         lean, ops = self.lean, self.ops
         gate, table, mix = self.transition
@@ -215,10 +217,21 @@ class Network:
             rows=picked,
             out=drafts,
             chances=chances,
-            others=others,
-            shortlists=slots.once(
-                ("shortlists", made.shape, alternates), lambda: ops.shortlists(*made.shape, alternates, base.device)
-            ),
+            shortlists=lists,
+        )
+
+    def lists(self, slots: Slots, places: int, *, ranked: bool) -> Any:
+        """Where a chain of so many drafts leaves what it knows (`tidar.kernels.chain.Shortlists`), for these rows."""
+        if self.transition is None:  # there is no chain, and runners-up have no list
+            return slots.once(
+                ("named", places),
+                lambda: PlainLists(
+                    torch.zeros(slots.rows, places, MOST_ALTERNATES, dtype=torch.long, device=slots.device)
+                ),
+            )
+        return slots.once(
+            ("shortlists", places, ranked),
+            lambda: self.ops.shortlists(slots.rows, places, slots.device, ranked),
         )
 
 
@@ -241,7 +254,10 @@ class Step:
         self._levels = torch.ones(rows, proposals, dtype=torch.long, device=device)
         self._places = torch.zeros(rows, k, dtype=torch.long, device=device)
         self._alternates = torch.zeros(rows, proposals, alternates, dtype=torch.long, device=device)
-        picking = Picking(slots.chances, self._places, self._levels, slots.others, self._alternates)
+        runners = None
+        if alternates:  # of the drafts that a step like this one made
+            runners = network.lists(slots, shape.masks - 1, ranked=True).runners
+        picking = Picking(slots.chances, self._places, self._levels, runners, self._alternates)
         index = torch.arange(rows, device=device)[:, None] * shape.queries + torch.arange(k, device=device)
         self._verify = index.int()
         self._layout = StepLayout(

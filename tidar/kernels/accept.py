@@ -38,9 +38,9 @@ def _pick(chances, chance_step, row, DRAFTS: tl.constexpr, DRAFTS_UP: tl.constex
 
 @triton.jit
 def _embed(
-    drafts, table, out, chances, places, levels, others, alternates, mask_id, draft_step, chance_step, other_step,
-    other_place, DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, PROPOSALS: tl.constexpr, EACH: tl.constexpr,
-    QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    drafts, table, out, chances, places, levels, named, scores, came, alternates, mask_id, draft_step, chance_step,
+    DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, PROPOSALS: tl.constexpr, EACH: tl.constexpr, RUNS: tl.constexpr,
+    SLOTS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A query; the first program of a row picks what is drafted for, beside the others. Those of alternates pick too:
     that is quicker than to wait."""
@@ -60,8 +60,17 @@ def _embed(
         other = query - DRAFTS
         if (other >= 0) & (other < PROPOSALS * EACH):
             _, chosen, index = _pick(chances, chance_step, row, DRAFTS, DRAFTS_UP, PROPOSALS)
-            level = tl.sum(tl.where(chosen & (index == other // EACH), n, 0), 0)
-            token = tl.load(others + row * other_step + level * other_place + other % EACH)
+            drafted = tl.sum(tl.where(chosen & (index == other // EACH), n, 0), 0)  # the draft behind the level's
+            at = row * RUNS + tl.minimum(drafted, RUNS - 1)
+            slot = other % EACH
+            if scores is not None:
+                slots = tl.arange(0, SLOTS)
+                score = tl.load(scores + (at * SLOTS + tl.load(came + at)) * SLOTS + slots)
+                for _ in range(other % EACH + 1):  # the draft itself and those before
+                    best = tl.min(tl.where(score == tl.max(score, 0), slots, SLOTS - 1), 0)
+                    score = tl.where(slots == best, float("-inf"), score)
+                slot = tl.min(tl.where(score == tl.max(score, 0), slots, SLOTS - 1), 0)
+            token = tl.load(named + at * SLOTS + slot).to(tl.int64)
             tl.store(alternates + row * PROPOSALS * EACH + other, token)
     column = tl.arange(0, WIDTH)
     x = tl.load(table + token * D + column, mask=column < D)
@@ -79,17 +88,19 @@ def embed(
         mask_id: the mask's row in it.
         queries: L.
         count: K.
-        picking: where to find the drafts' chances and what else might have been drafted, and to leave what the step
-            drafts for and its alternates; without, nothing is picked, and there are no alternates.
+        picking: where to find the drafts' chances and their runners-up, and to leave what the step drafts for and its
+            alternates; without, nothing is picked, and there are no alternates.
     """
     rows, width = drafts.shape[0], table.shape[1]
     out = torch.empty(rows, queries, width, dtype=table.dtype, device=table.device)
-    chances, places, levels, others, alternates = picking or (None,) * 5
+    chances, places, levels, runners, alternates = picking or (None,) * 5
+    named, scores, came = runners or (None,) * 3
     _embed[queries + (picking is not None), rows](
-        drafts, table, out, chances, places, levels, others, alternates, mask_id, drafts.stride(0),
-        0 if chances is None else chances.stride(0), *((0, 0) if others is None else others.stride()[:2]),
+        drafts, table, out, chances, places, levels, named, scores, came, alternates, mask_id, drafts.stride(0),
+        0 if chances is None else chances.stride(0),
         DRAFTS=count, DRAFTS_UP=power_of_2(count), PROPOSALS=0 if levels is None else levels.shape[1],
-        EACH=0 if alternates is None else alternates.shape[2],
+        EACH=0 if alternates is None else alternates.shape[2], RUNS=0 if named is None else named.shape[1],
+        SLOTS=0 if named is None else named.shape[2],
         QUERIES=queries, D=width, WIDTH=power_of_2(width), **options(table.device),
     )  # fmt: skip
     return out

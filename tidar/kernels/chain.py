@@ -31,7 +31,7 @@ from tidar.kernels.attention_parts import FLOOR, last_to_come
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, check_results, lanes
-from tidar.kernels.reference_step import SURE
+from tidar.kernels.reference_step import SURE, Runners
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["Shortlists", "chain"]
@@ -101,11 +101,11 @@ def _shortlist(
 
 @triton.jit
 def _follow(
-    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, odds, runners, arrived,
-    out, chances, others, state_row, state_place, first_row, made_row, made_place, out_row, out_place,
-    chance_row, chance_place, other_row, other_place, other_step,
+    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, odds, choices, came_from,
+    arrived, out, chances, state_row, state_place, first_row, made_row, made_place, out_row, out_place,
+    chance_row, chance_place,
     PLACES: tl.constexpr, PLACES_UP: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, SURE: tl.constexpr, SAMPLING: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, SURE: tl.constexpr, SAMPLING: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The successors, within a place's shortlist, of some tokens of the one before; the last to come to a row walks."""
@@ -143,10 +143,8 @@ def _follow(
     leading = tl.min(tl.where(acc == top[:, None], word, LAST), 1)
     tl.store(following + here + line, leading)
     tl.store(odds + here + line, top - peak - tl.log(mass))
-    for other in tl.static_range(OTHERS):
-        acc = tl.where(word == leading[:, None], float("-inf"), acc)
-        leading = tl.min(tl.where(acc == tl.max(acc, 1)[:, None], word, LAST), 1)
-        tl.store(runners + (here + line) * OTHERS + other, leading & TOKEN)
+    if choices is not None:
+        tl.store(choices + (here + line)[:, None] * SLOTS + slot[None, :], acc)
 
     if last_to_come(arrived + row, PLACES * (SLOTS // ROWS)):
         places, every = tl.arange(0, PLACES_UP), tl.arange(0, PLACES_UP * SLOTS)
@@ -172,10 +170,8 @@ def _follow(
                 odd -= tl.load(noise + lists + (walked >> BITS), mask=real, other=0.0)
             chance = tl.where(kind == SURE, 1.0, tl.exp(odd))
             tl.store(chances + row * chance_row + places * chance_place, chance, mask=real)
-        for other in tl.static_range(OTHERS):
-            runner = runners + ((row * PLACES + places) * SLOTS + came) * OTHERS + other
-            came_next = tl.load(runner, mask=real, other=0, cache_modifier=".cg").to(tl.int64)
-            tl.store(others + row * other_row + places * other_place + other * other_step, came_next, mask=real)
+        if choices is not None:
+            tl.store(came_from + row * PLACES + places, came, mask=real)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +184,9 @@ class Shortlists:
         noise: (B, R, S) float32, noise times temperature; written if there is any.
         following: (B, R, S) int32, the successor's slot and token for each token of the list before.
         odds: (B, R, S) float32, the log of that successor's probability, with its noise on top.
-        runners: (B · R · S · A) int32, the tokens that come next after it; empty without others.
         arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
+        choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None.
+        came: (B, R) int32, which token of the list before came, beside it.
     """
 
     tokens: Tensor
@@ -197,24 +194,31 @@ class Shortlists:
     noise: Tensor
     following: Tensor
     odds: Tensor
-    runners: Tensor
     arrived: Tensor
+    choices: Tensor | None = None
+    came: Tensor | None = None
 
     @classmethod
-    def for_step(cls, rows: int, places: int, others: int = 0, *, device: torch.device | str) -> Shortlists:
-        """Memory for R ``places`` in B ``rows`` with A ``others`` each.
+    def for_step(cls, rows: int, places: int, *, ranked: bool = False, device: torch.device | str) -> Shortlists:
+        """Memory for R ``places`` in B ``rows``; ``ranked``, if runners-up are asked for.
 
         Raises:
-            TidarError: sizes below 1, or of others below 0.
+            TidarError: sizes below 1.
         """
-        if min(rows, places, 1 + others) < 1:
-            raise TidarError(f"no shortlists for {rows} rows of {places} drafts and {others} others")
+        if min(rows, places) < 1:
+            raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
         shape = rows, places, GROUPS * KEPT
         tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
         scores, noise, odds = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
-        runners = torch.zeros(tokens.numel() * others, dtype=torch.int32, device=device)
         arrived = torch.zeros(rows, dtype=torch.int32, device=device)
-        return cls(tokens, scores, noise, following, odds, runners, arrived)
+        choices = torch.zeros(*shape, shape[2], dtype=torch.float32, device=device) if ranked else None
+        came = torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None
+        return cls(tokens, scores, noise, following, odds, arrived, choices, came)
+
+    @property
+    def runners(self) -> Runners:
+        """What came next."""
+        return Runners(self.tokens, self.choices, self.came)
 
 
 def chain(
@@ -234,7 +238,6 @@ def chain(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     chances: Tensor | None = None,
-    others: Tensor | None = None,
     shortlists: Shortlists | None = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each of the logits that its mask and the draft before it give (`tidar.transition`).
@@ -263,9 +266,8 @@ def chain(
         out: (B, R) int64, any strides, where to write; it may share memory with ``first``, but no element.
         chances: (B, R) float32, any strides: gets the probability of each draft by the logits of its shortlist, without
             noise; 0 of one that nobody made, 1 of one that is sure.
-        others: (B, R, A) int64, any strides: gets the A tokens that come next after each draft, the best first, also of
-            drafts that nobody made.
-        shortlists: made for these sizes. Made anew without; give them, and ``out``, where nothing may be allocated.
+        shortlists: made for these sizes; ranked ones tell the runners-up afterwards, also of drafts that nobody made.
+            Made anew without; give them, and ``out``, where nothing may be allocated.
 
     Returns:
         ``out``.
@@ -274,7 +276,7 @@ def chain(
         TidarError: arguments that do not fit together.
     """
     check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, rows)
-    check_results(made, out, chances, others)
+    check_results(made, out, chances)
     vocab, width = base.shape[-1], state.shape[-1]
     count, places = made.shape
     if base.dtype != torch.float32 or mix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -285,11 +287,10 @@ def chain(
         raise TidarError("logits and states must be contiguous in their last axis")
     if vocab > TOKEN.value:
         raise TidarError(f"the kernel has no vocabularies above {TOKEN.value}: use tidar.kernels.reference_chain")
-    more = 0 if others is None else others.shape[2]
     if shortlists is None:
-        shortlists = Shortlists.for_step(count, places, more, device=base.device)
-    tokens, runners = shortlists.tokens, shortlists.runners
-    if tokens.shape[:2] != (count, places) or tokens.device != base.device or len(runners) < tokens.numel() * more:
+        shortlists = Shortlists.for_step(count, places, device=base.device)
+    tokens = shortlists.tokens
+    if tokens.shape[:2] != (count, places) or tokens.device != base.device:
         raise TidarError(f"the shortlists were made for {tuple(tokens.shape)} on {tokens.device}: make some for this")
     out = torch.empty(count, places, dtype=torch.int64, device=base.device) if out is None else out
     lists = tokens, shortlists.scores, shortlists.noise
@@ -301,9 +302,9 @@ def chain(
     fixed = sizes(places, tokens.shape[2], width, mix.element_size())
     _follow[tokens.shape[2] // fixed["ROWS"], places, count](
         state, first, made.view(torch.int8), rows, token_table, mix, *lists, shortlists.following, shortlists.odds,
-        runners, shortlists.arrived, out, chances, others, *state.stride()[:2], *first.stride(), *made.stride(),
-        *out.stride(), *((0, 0) if chances is None else chances.stride()),
-        *((0, 0, 0) if others is None else others.stride()), OTHERS=more, SURE=SURE, SAMPLING=sampling, **fixed,
+        shortlists.choices, shortlists.came, shortlists.arrived, out, chances, *state.stride()[:2], *first.stride(),
+        *made.stride(), *out.stride(), *((0, 0) if chances is None else chances.stride()), SURE=SURE,
+        SAMPLING=sampling, **fixed,
         **options(base.device),
     )  # fmt: skip
     return out

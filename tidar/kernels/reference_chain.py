@@ -8,16 +8,17 @@ Legend: B rows, R drafts, V vocabulary, W width of the transition, G groups, S t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from tidar.errors import TidarError
-from tidar.kernels.reference_step import SURE
+from tidar.kernels.reference_step import SURE, Runners
 from tidar.noise import gumbel
 
-__all__ = ["GROUPS", "chain", "check_chain", "check_results", "lanes", "shortlist"]
+__all__ = ["GROUPS", "PlainLists", "chain", "check_chain", "check_results", "lanes", "shortlist"]
 
 GROUPS = 32
 """G. Lists of 256 tokens lose a few drafts more than lists of 512, whose products are four times as large, which costs
@@ -29,6 +30,22 @@ DEALT = 8
 low numbers are frequent ones, and would be one group's."""
 LANES = 128
 """Of a group, at most: of tokens that share a lane, one can be listed."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlainLists:
+    """What the twin leaves of `tidar.kernels.chain.Shortlists`.
+
+    Attributes:
+        tokens: (B, R, A) int64, the A tokens that come next after each draft.
+    """
+
+    tokens: Tensor
+
+    @property
+    def runners(self) -> Runners:
+        """What came next."""
+        return Runners(self.tokens)
 
 
 def chain(
@@ -48,15 +65,14 @@ def chain(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     chances: Tensor | None = None,
-    others: Tensor | None = None,
-    shortlists: object = None,
+    shortlists: PlainLists | None = None,
 ) -> Tensor:
     """Drafts d_1 … d_R, each leaning on the one before; arguments as `tidar.kernels.chain.chain`.
 
-    Any floating dtypes, float64 included, in which the sums are then; ``shortlists`` is not read.
+    Any floating dtypes, float64 included, in which the sums are then.
     """
     check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, rows)
-    check_results(made, out, chances, others)
+    check_results(made, out, chances)
     if rows is not None:
         base, state = base[rows.long()], state[rows.long()]
     out = torch.empty(base.shape[:2], dtype=torch.int64, device=base.device) if out is None else out
@@ -76,9 +92,9 @@ def chain(
             noise = gumbel(seed, position, base.shape[2])[:, 0].gather(1, tokens)
             score = score + temperature[:, None].to(wide) * noise
         best = score.argmax(1, keepdim=True)
-        if others is not None:
+        if shortlists is not None:
             ranked = score.scatter(1, best, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-            others[:, place] = tokens.gather(1, ranked[:, : others.shape[2]])
+            shortlists.tokens[:, place] = tokens.gather(1, ranked[:, : shortlists.tokens.shape[2]])
         before = tokens.gather(1, best)[:, 0]
         out[:, place] = torch.where(made[:, place].bool(), before, 0)
         if chances is not None:
@@ -160,16 +176,10 @@ def check_chain(
         raise TidarError(f"lengths must be ({rows},) int32, not {tuple(lengths.shape)} {lengths.dtype}")
 
 
-def check_results(made: Tensor, out: Tensor | None, chances: Tensor | None, others: Tensor | None) -> None:
+def check_results(made: Tensor, out: Tensor | None, chances: Tensor | None) -> None:
     """Raise `TidarError` if the tensors that ``chain`` writes to do not fit its arguments."""
     rows, places = made.shape
     if chances is not None and (chances.shape != (rows, places) or chances.dtype != torch.float32):
         raise TidarError(f"chances must be {(rows, places)} float32, not {tuple(chances.shape)} {chances.dtype}")
     if out is not None and (out.shape != (rows, places) or out.dtype != torch.int64):
         raise TidarError(f"out must be {(rows, places)} int64, not {tuple(out.shape)} {out.dtype}")
-    if others is not None:
-        listed = GROUPS * KEPT
-        if others.dim() != 3 or others.shape[:2] != (rows, places) or others.dtype != torch.int64:
-            raise TidarError(f"others must be ({rows}, {places}, A) int64, not {tuple(others.shape)} {others.dtype}")
-        if not 1 <= others.shape[2] < listed:
-            raise TidarError(f"a shortlist of {listed} tokens has no {others.shape[2]} others")

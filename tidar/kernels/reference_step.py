@@ -18,11 +18,30 @@ from tidar.kernels.reference import attend, by_row, check_levels, check_pages, w
 from tidar.proposals import levels as likeliest
 from tidar.proposals import ranks
 
-__all__ = ["SURE", "Picking", "accept", "check_rotate", "embed", "rotate", "rotate_attend"]
+__all__ = ["SURE", "Picking", "Runners", "accept", "check_rotate", "embed", "rotate", "rotate_attend"]
 
 
 SURE = 2
 """Of `accept`'s ``made``: the draft is what an alternate's autoregressive logits say."""
+
+
+class Runners(NamedTuple):
+    """What came next when each of R drafts was chosen, as a chain of drafts leaves it."""
+
+    tokens: Tensor
+    """(B, R, S) integers: tokens, the best first; with ``scores``, each draft's shortlist."""
+    scores: Tensor | None = None
+    """(B, R, S, S) float32: behind each token of the list before, what each token of the list was chosen by."""
+    came: Tensor | None = None
+    """(B, R) int32: which token of the list before came."""
+
+    def best(self, count: int) -> Tensor:
+        """(B, R, count) int64: the first tokens behind the draft itself."""
+        if self.scores is None or self.came is None:
+            return self.tokens[:, :, :count].long()
+        rows = self.came.long()[:, :, None, None].expand(-1, -1, 1, self.scores.shape[3])
+        order = self.scores.gather(2, rows)[:, :, 0].sort(dim=2, descending=True, stable=True).indices
+        return self.tokens.long().gather(2, order[:, :, 1 : 1 + count])
 
 
 class Picking(NamedTuple):
@@ -34,10 +53,10 @@ class Picking(NamedTuple):
     """(B, K) int64 contiguous: `tidar.proposals.ranks` go there."""
     levels: Tensor
     """(B, P) int64 contiguous: `tidar.proposals.levels` go there."""
-    others: Tensor | None = None
-    """(B, at least K, at least A) int64: the tokens that came next after the draft behind the first 1 … K drafts."""
+    runners: Runners | None = None
+    """Of the drafts behind the certain token; what is left of earlier ones is as good, as far as exactness goes."""
     alternates: Tensor | None = None
-    """(B, P, A) int64 contiguous: the first A others behind the drafts of each level go there."""
+    """(B, P, A) int64 contiguous: the A best runners-up behind the drafts of each level go there."""
 
 
 def rotate(
@@ -119,9 +138,10 @@ def embed(
     if picking is not None:
         picking.places.copy_(ranks(picking.chances[:, 1:count]))
         picking.levels.copy_(likeliest(picking.places, picking.levels.shape[1]))
-        if picking.others is not None and picking.alternates is not None:
+        if picking.runners is not None and picking.alternates is not None:
+            named = picking.runners.best(picking.alternates.shape[2])
             row = torch.arange(len(drafts), device=drafts.device)[:, None]
-            picking.alternates.copy_(picking.others[row, picking.levels - 1, : picking.alternates.shape[2]])
+            picking.alternates.copy_(named[row, (picking.levels - 1).clamp(max=named.shape[1] - 1)])
             clean = torch.cat([clean, picking.alternates.flatten(1)], 1)
     return embedding(pad(clean, (0, queries - clean.shape[1]), value=mask_id), table)
 
