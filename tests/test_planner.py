@@ -39,7 +39,7 @@ from tidar.decode.planner import (
     speed,
     tokens_per_step,
 )
-from tidar.decode.policy import REPLAN, Planning
+from tidar.decode.policy import REPLAN, REST, Planning
 from tidar.decode.tidar import _Picked
 from tidar.errors import TidarError
 from tidar.proposals import outcomes
@@ -447,7 +447,7 @@ def test_what_comes_of_no_drafts_is_no_surprise(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step waits for a look at all plans, and every plan is looked at within `REPLAN` steps."""
+    """No step waits for a look at all plans, and every plan is looked at within `REPLAN` of every fourth."""
     for plans in (list(few(16)), list(candidates(32))):
         policy = Planning(16, plans)
         policy.open(1)
@@ -460,9 +460,9 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)
-        for step in range(1, REPLAN + 2):
+        for step in range(1, (REPLAN + 1) * REST + 1):
             policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0], [-1]))
-            assert len(looked) <= step * most
+            assert len(looked) <= step // REST * most
         assert set(looked) == set(plans)
         assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)
 

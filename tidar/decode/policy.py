@@ -15,9 +15,9 @@ from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, Clock, best
 
 __all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
-REPLAN = 16
-"""Steps that a look at all plans is spread over: at once it would take the host longer than a small model's step takes
-the GPU, and the GPU would wait."""
+REPLAN, REST = 16, 4
+"""A look at all plans is spread over so many of every fourth step: at once it would take the host longer than a small
+model's step takes the GPU, and the GPU would wait; and on a busy host a share in every step does, too."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
 
@@ -122,6 +122,7 @@ class Planning:
         self._plans = list(candidates(draft_len) if plans is None else plans)
         self._idle = 0
         self._new = True
+        self._learnt = 0
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
@@ -189,7 +190,8 @@ class Planning:
         if shape.alternates and asked.any():
             self.acceptance.tried(shape.alternates, met[asked])
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
-        if next(self._looking, None) is None:
+        self._learnt += 1
+        if self._learnt % REST == 0 and next(self._looking, None) is None:
             self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def select(self, rows: Sequence[int]) -> None:
