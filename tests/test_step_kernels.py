@@ -66,7 +66,7 @@ def test_levels_that_do_not_fit() -> None:
         for levels, why in (
             (torch.ones(3, dtype=torch.long), "3 equal blocks"),
             (torch.ones(3, 2, dtype=torch.long), "shape"),
-            (torch.ones(2, 4, dtype=torch.long)[:, ::2], "contiguous"),
+            (torch.ones(2, 4, dtype=torch.long, device=DEVICE)[:, ::2], "contiguous"),
             (torch.ones(2, 2), "integers"),
         ):
             with pytest.raises(TidarError, match=why):
