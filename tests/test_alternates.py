@@ -494,12 +494,12 @@ def test_the_planner_tells_sure_drafts(leaning: CausalLM, monkeypatch: pytest.Mo
     """It is told of each alternate that came, and not that the draft behind it stood."""
     tried: list[tuple[int, list[int]]] = []
     sure: list[list[bool]] = []
-    monkeypatch.setattr(Acceptance, "tried", lambda self, n, met: tried.append((n, met.tolist())))
+    monkeypatch.setattr(Acceptance, "tried", lambda self, n, met, steps: tried.append((n, met.tolist())))
     real = Acceptance.update
 
-    def noting(self: Acceptance, kinds: Any, counts: Any, accepted: Any, known: Any) -> None:
+    def noting(self: Acceptance, kinds: Any, counts: Any, accepted: Any, known: Any, steps: int) -> None:
         sure.append(known.tolist())
-        real(self, kinds, counts, accepted, known)
+        real(self, kinds, counts, accepted, known, steps)
 
     monkeypatch.setattr(Acceptance, "update", noting)
     policy = Planning(4, [Plan("tidar", 4, 2, 3)])

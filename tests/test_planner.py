@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from tidar.api import Model
 from tidar.config import SamplingParams
@@ -39,7 +38,7 @@ from tidar.decode.planner import (
     speed,
     tokens_per_step,
 )
-from tidar.decode.policy import REPLAN, REST, Planning
+from tidar.decode.policy import REPLAN, Planning
 from tidar.decode.tidar import _Picked
 from tidar.errors import TidarError
 from tidar.proposals import outcomes
@@ -354,17 +353,17 @@ def test_no_plan_changes_a_token(qwen3: Model, options: dict[str, float], monkey
     decoder = Restless(qwen3.core, draft_len=6, plans=plans)
     real = Acceptance.update
 
-    def noting(self: Acceptance, kinds: Counts, counts: Counts, accepted: Counts, sure: NDArray[np.bool_]) -> None:
+    def noting(self: Acceptance, kinds: Counts, counts: Counts, accepted: Counts, *rest: Any) -> None:
         decoder.noted[-1] = [
             (kind == TAILS, count) for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True)
         ]
         assert (accepted >= 0).all() and (accepted <= counts).all()
-        real(self, kinds, counts, accepted, sure)
+        real(self, kinds, counts, accepted, *rest)
 
-    def placing(self: Acceptance, among: Counts, places: Counts) -> None:
+    def placing(self: Acceptance, among: Counts, places: Counts, steps: int) -> None:
         decoder.placed.append(places.tolist())
         assert (places >= 0).all() and (places < among).all(), "what nobody drafted is expected last"
-        placed(self, among, places)
+        placed(self, among, places, steps)
 
     placed = Acceptance.placed
     monkeypatch.setattr(Acceptance, "update", noting)
@@ -447,7 +446,7 @@ def test_what_comes_of_no_drafts_is_no_surprise(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step waits for a look at all plans, and every plan is looked at within `REPLAN` of every fourth."""
+    """No step waits for a look at all plans, and every plan is looked at within `REPLAN` steps."""
     for plans in (list(few(16)), list(candidates(32))):
         policy = Planning(16, plans)
         policy.open(1)
@@ -460,9 +459,9 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)
-        for step in range(1, (REPLAN + 1) * REST + 1):
+        for step in range(1, REPLAN + 2):
             policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0], [-1]))
-            assert len(looked) <= step // REST * most
+            assert len(looked) <= step * most
         assert set(looked) == set(plans)
         assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)
 

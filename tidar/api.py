@@ -15,7 +15,7 @@ from tidar.decode.base import Decoder
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
-from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning
+from tidar.decode.policy import TOGETHER, Alternating, Autoregressive, Fixed, Planning
 from tidar.decode.tidar import Acceptance, TidarDecoder
 from tidar.errors import TidarError
 from tidar.fast import obstacle
@@ -194,7 +194,9 @@ class Model:
         self, engine: Engine, method: Method, length: int, proposals: int | None, alternates: int
     ) -> Callable[[], Decoder]:
         if method == "auto":
-            return lambda: FastDecoder(engine, Planning(length, list(plan.few(length)), self._acceptance))
+            return lambda: FastDecoder(
+                engine, Planning(length, list(plan.few(length)), self._acceptance, every=TOGETHER)
+            )
         if method == "linear":
             return lambda: FastDecoder(engine, Alternating(length))
         chosen, others = check_proposals(length, proposals), check_alternates(alternates)

@@ -20,7 +20,7 @@ from tidar.config import SamplingParams
 from tidar.decode.base import Decoder
 from tidar.decode.plan import Plan, drafted, few
 from tidar.decode.planner import Acceptance
-from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Policy
+from tidar.decode.policy import TOGETHER, Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
@@ -60,7 +60,7 @@ def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
             sizes = plan.draft_len, plan.proposals, plan.alternates
             found[f"tidar k={plan.draft_len}, {drafted(*sizes[1:])}"] = lambda sizes=sizes: Fixed(*sizes)  # type: ignore[misc]
     seen = Acceptance()  # as decoders of one model share it
-    found["auto"] = lambda: Planning(k, list(few(k)), seen)
+    found["auto"] = lambda: Planning(k, list(few(k)), seen, every=TOGETHER)
     return found
 
 

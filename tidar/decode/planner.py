@@ -78,14 +78,17 @@ class Acceptance:
         self._met: Rates = PRIOR[1] * OTHERWISE * np.power(FEWER, np.arange(MOST_ALTERNATES))
         self._asked: Rates = np.full(MOST_ALTERNATES, PRIOR[1])
 
-    def update(self, kinds: Counts, counts: Counts, accepted: Counts, sure: NDArray[np.bool_] | None = None) -> None:
-        """Take what one step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
+    def update(
+        self, kinds: Counts, counts: Counts, accepted: Counts, sure: NDArray[np.bool_] | None = None, steps: int = 1
+    ) -> None:
+        """Take what a step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
 
         Args:
             kinds: (R,), `UNLIKELY`, `FRESH` or `TAILS`.
             counts: (R,), how many there were, at least 1.
             accepted: (R,), how many of them were accepted.
             sure: (R,), whether the first was certain to be, which says nothing of others; none by default.
+            steps: as one of which the rows' steps count.
         """
         ends = np.concatenate([np.minimum(accepted + 1, counts), accepted]) + 1  # one past the last: compared, stood
         most = int(ends.max())
@@ -96,25 +99,26 @@ class Acceptance:
         ended = np.bincount(both * width + ends, minlength=2 * KINDS * width).reshape(2 * KINDS, width)
         behind = ended[:, ::-1].cumsum(1)[:, ::-1]
         met = behind[:KINDS, 0] > 0
-        self._told *= np.where(np.concatenate([met, met]), FORGET, STALE)[:, None]
+        self._told *= np.where(np.concatenate([met, met]), FORGET**steps, STALE**steps)[:, None]
         self._told[:, 1:most] += behind[:, 2:]
         if sure is not None and sure.any():
             self._told[:KINDS, 1] -= np.bincount(kinds[sure], minlength=KINDS)
             self._told[KINDS:, 1] -= np.bincount(kinds[sure], accepted[sure] > 0, minlength=KINDS)
 
-    def placed(self, outcomes: Counts, places: Counts) -> None:
+    def placed(self, outcomes: Counts, places: Counts, steps: int = 1) -> None:
         """Take the places (R,), from 0, that what came had among so many ``outcomes`` (R,), the likeliest first.
 
         They are spread over shares of all outcomes, so that what was seen with one draft length serves the others.
         """
-        self._covered = FORGET * self._covered + (GRID * outcomes[:, None] - places[:, None]).clip(0, 1).sum(0)
-        self._placed = FORGET * self._placed + len(places)
+        covered = (GRID * outcomes[:, None] - places[:, None]).clip(0, 1).sum(0)
+        self._covered = FORGET**steps * self._covered + covered
+        self._placed = FORGET**steps * self._placed + len(places)
 
-    def tried(self, alternates: int, met: Counts) -> None:
+    def tried(self, alternates: int, met: Counts, steps: int = 1) -> None:
         """Take which of so many alternates (R,) outcomes were continued by, from 0, -1 where by none."""
         hit = np.bincount(met[met >= 0], minlength=alternates)
-        self._met[:alternates] = FORGET * self._met[:alternates] + hit
-        self._asked[:alternates] = FORGET * self._asked[:alternates] + len(met)
+        self._met[:alternates] = FORGET**steps * self._met[:alternates] + hit
+        self._asked[:alternates] = FORGET**steps * self._asked[:alternates] + len(met)
 
     def sure(self, alternates: int) -> float:
         """How often the first draft behind an outcome with so many alternates is sure."""

@@ -13,11 +13,13 @@ import numpy as np
 from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
 from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, Clock, best, likeliest, speed
 
-__all__ = ["Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
+__all__ = ["TOGETHER", "Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
-REPLAN, REST = 16, 4
-"""A look at all plans is spread over so many of every fourth step: at once it would take the host longer than a small
-model's step takes the GPU, and the GPU would wait; and on a busy host a share in every step does, too."""
+TOGETHER = 4
+"""Steps that the fast path learns from together."""
+REPLAN = 16
+"""A look at all plans is spread over so many times that steps are learnt from: at once it would take the host longer
+than a small model's step takes the GPU, and the GPU would wait."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
 
@@ -104,6 +106,7 @@ class Planning:
         draft_len: the longest draft.
         plans: what to choose from; `candidates` by default.
         acceptance: what was seen before, by decoders of the same model; it is added to.
+        every: steps after which they are learnt from, together; more of them where steps take as long as learning.
 
     Attributes:
         plan: the one that steps follow now.
@@ -114,7 +117,12 @@ class Planning:
     times: Clock
 
     def __init__(
-        self, draft_len: int, plans: Sequence[Plan] | None = None, acceptance: Acceptance | None = None
+        self,
+        draft_len: int,
+        plans: Sequence[Plan] | None = None,
+        acceptance: Acceptance | None = None,
+        *,
+        every: int = 1,
     ) -> None:
         self.plan = AR
         self.acceptance = Acceptance() if acceptance is None else acceptance
@@ -122,7 +130,8 @@ class Planning:
         self._plans = list(candidates(draft_len) if plans is None else plans)
         self._idle = 0
         self._new = True
-        self._learnt = 0
+        self._came: list[tuple[Shape, Outcome]] = []
+        self._every = every
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
@@ -131,6 +140,7 @@ class Planning:
 
     def open(self, rows: int) -> int:
         self._new = True
+        self._came.clear()
         self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
         self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
         return self._draft_len
@@ -167,36 +177,55 @@ class Planning:
     def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
         if seconds is not None:
             self.times.update(shape, seconds)
-        n = np.asarray(outcome.accepted, dtype=np.int64)
-        count = np.minimum(shape.drafts, self._block - self._behind) - 1
-        tested = count > 0
-        if tested.any():
-            kinds = np.where(self._behind > 0, TAILS, np.where(self._unlikely, UNLIKELY, FRESH))
-            stood, sure = np.minimum(n - 1, count)[tested], self._sure[tested]
-            self.acceptance.update(kinds[tested], count[tested], stood, sure)
-            places = np.asarray(outcome.places, dtype=np.int64)
-            # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
-            whole = tested & (self._behind == 0)
-            self.acceptance.placed(1 + count[whole], places[whole])
-            self._unlikely = np.where(tested, places >= likeliest(1 + count), self._unlikely)
-        if shape.drafts > 1:  # where there were no drafts it was known what would come
-            self._unlikely = self._unlikely & tested
-        self._block = shape.masks
-        self._behind = np.asarray(outcome.behind, dtype=np.int64)
-        met = np.asarray(outcome.met, dtype=np.int64)
-        self._sure = met >= 0
-        # Behind the last draft there are no alternates, whatever a step may hold there.
-        asked = (self._behind == 0) & (n < shape.drafts)
-        if shape.alternates and asked.any():
-            self.acceptance.tried(shape.alternates, met[asked])
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
-        self._learnt += 1
-        if self._learnt % REST == 0 and next(self._looking, None) is None:
-            self._looking = self._look(-(-len(self._plans) // REPLAN))
+        self._came.append((shape, outcome))
+        if len(self._came) == self._every:
+            self._take()
+            if next(self._looking, None) is None:
+                self._looking = self._look(-(-len(self._plans) // REPLAN))
 
     def select(self, rows: Sequence[int]) -> None:
+        self._take()
         rows = list(rows)
         self._behind, self._unlikely, self._sure = self._behind[rows], self._unlikely[rows], self._sure[rows]
+
+    def _take(self) -> None:
+        """Learn from the steps that came; S of them, B rows."""
+        if not self._came:
+            return
+        shapes, (n, behind, places, met) = (
+            [s for s, _ in self._came],
+            np.array([o for _, o in self._came]).swapaxes(0, 1),
+        )
+        steps = len(shapes)
+        self._came.clear()
+        drafts = np.array([shape.drafts for shape in shapes])[:, None]
+        # What the drafts of each step were is told by the outcome before it.
+        begun = np.concatenate([self._behind[None], behind[:-1]])
+        sure = np.concatenate([self._sure[None], met[:-1] >= 0])
+        held = np.array([self._block, *(shape.masks for shape in shapes[:-1])])[:, None]
+        count = np.minimum(drafts, held - begun) - 1
+        tested = count > 0
+        surprise = tested & (places >= likeliest(1 + count))
+        unlikely = np.empty_like(tested)
+        for step, shape in enumerate(shapes):
+            unlikely[step] = self._unlikely
+            if shape.drafts > 1:  # where there were no drafts it was known what would come
+                self._unlikely = surprise[step]
+        if tested.any():
+            kinds = np.where(begun > 0, TAILS, np.where(unlikely, UNLIKELY, FRESH))
+            stood = np.minimum(n - 1, count)
+            self.acceptance.update(kinds[tested], count[tested], stood[tested], sure[tested], steps)
+            # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
+            whole = tested & (begun == 0)
+            self.acceptance.placed(1 + count[whole], places[whole], steps)
+        # Behind the last draft there are no alternates, whatever a step may hold there.
+        asked = (behind == 0) & (n < drafts)
+        for each in {shape.alternates for shape in shapes} - {0}:
+            asked_of = asked & np.array([shape.alternates == each for shape in shapes])[:, None]
+            if asked_of.any():
+                self.acceptance.tried(each, met[asked_of], steps)
+        self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], met[-1] >= 0
 
     def _look(self, share: int) -> Iterator[Plan]:
         """Look at ``share`` plans at a time, then follow the quickest."""
