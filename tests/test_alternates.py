@@ -241,6 +241,7 @@ def test_accept_by_hand() -> None:
 def test_the_chain_tells_what_came_next(sampling: bool) -> None:
     pytest.importorskip("triton")
     from tidar.kernels import chain as fused
+    from tidar.kernels.shortlists import Shortlists
 
     draw = torch.Generator().manual_seed(1)
     rows, places, vocab, width, count = 2, 4, 300, 20, 3
@@ -264,7 +265,7 @@ def test_the_chain_tells_what_came_next(sampling: bool) -> None:
         "offset": 1,
         "sampling": sampling,
     }
-    lists = fused.Shortlists.for_step(rows, places, ranked=True, device=DEVICE)
+    lists = Shortlists.for_step(rows, places, ranked=True, device=DEVICE)
     named = reference_chain.PlainLists(torch.full((rows, places, count), -7, device=DEVICE))
     found = []
     for module, kept in ((fused, lists), (reference_chain, named)):
@@ -420,6 +421,7 @@ def test_fast_and_plain_meet_the_same(leaning: CausalLM) -> None:
             fast._slots.chances[:3, 1:4] = slow._chances.float()
             made = torch.nn.functional.pad(slow._chances > 0, (0, 1))
             assert fast.step() == slow.step()
+            fast._learn()
             assert learnt[-1][:3] == slow.outcome[:3]
             for row, n in enumerate(slow.outcome.accepted):
                 if made[row, n - 1]:  # where nothing was drafted, the fast path may know a token yet
@@ -504,7 +506,7 @@ def test_the_planner_tells_sure_drafts(leaning: CausalLM, monkeypatch: pytest.Mo
     monkeypatch.setattr(Acceptance, "update", noting)
     policy = Planning(4, [Plan("tidar", 4, 2, 3)])
     policy.open(2)
-    from tidar.decode.planner import Times
+    from tidar.decode.clock import Times
 
     policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
     shape = Shape(4, 2, 4, 3)

@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton: pip inst
 from test_kernels import _bfloat16_in_the_interpreter  # noqa: E402, F401
 
 from tidar.kernels import chain  # noqa: E402
-from tidar.kernels.chain import Shortlists  # noqa: E402
+from tidar.kernels.shortlists import Shortlists  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton: pip inst
 from test_chain import DEVICE, Case, chances_by_hand, computed, follows, judged  # noqa: E402
 
 from tidar.kernels import chain  # noqa: E402
-from tidar.kernels.chain import Shortlists  # noqa: E402
+from tidar.kernels.shortlists import Shortlists  # noqa: E402
 
 
 def test_the_first_on_the_list_of_equals() -> None:

@@ -15,11 +15,11 @@ import torch
 from tidar.api import Model
 from tidar.config import SamplingParams
 from tidar.decode import generation
+from tidar.decode.clock import DOUBT, Clock, Measured, Times
 from tidar.decode.plan import AR, Outcome, Plan, Shape, candidates, few, shapes
 from tidar.decode.planned import PlannedDecoder, measure
 from tidar.decode.planner import (
     BELOW,
-    DOUBT,
     FORGET,
     FRESH,
     PRIOR,
@@ -27,12 +27,9 @@ from tidar.decode.planner import (
     TAILS,
     UNLIKELY,
     Acceptance,
-    Clock,
     Counts,
     Cover,
-    Measured,
     Rates,
-    Times,
     best,
     likeliest,
     speed,
@@ -158,7 +155,8 @@ def test_the_shortest_draft_has_no_plan_but_ar() -> None:
 
 def saw(seen: Acceptance, *rows: tuple[int, int, int]) -> None:
     """What a step found, row by row: kind, count, accepted."""
-    seen.update(*(np.array(column) for column in zip(*rows, strict=True)))
+    kinds, counts, accepted = (np.array(column) for column in zip(*rows, strict=True))
+    seen.update(kinds, counts, accepted)
 
 
 def test_acceptance_is_what_was_seen_lately() -> None:

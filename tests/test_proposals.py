@@ -385,6 +385,7 @@ def test_fast_chances_are_the_plain_ones(
             assert slots.drafts[:3, :held].tolist() == slow._drafts.tolist()
             torch.testing.assert_close(slots.chances[:3, 1:held].double(), slow._chances.double(), rtol=1e-3, atol=1e-6)
             assert fast.step() == slow.step()
+            fast._learn()
             assert learnt[-1] == slow.outcome
 
 

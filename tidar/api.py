@@ -12,6 +12,7 @@ from tidar.config import SamplingParams
 from tidar.decode import generation, plan, planner
 from tidar.decode.ar import ArDecoder
 from tidar.decode.base import Decoder
+from tidar.decode.clock import Times
 from tidar.decode.generation import Chunk, Completion
 from tidar.decode.linear import LinearDecoder
 from tidar.decode.planned import PlannedDecoder
@@ -40,7 +41,7 @@ class Model:
 
     def __init__(self, core: CausalLM, *, fast: bool | None = None, deterministic: bool = False) -> None:
         self.core = core
-        self._times: dict[int, planner.Times] = {}  # what steps take here, and what drafts are worth, learned by `auto`
+        self._times: dict[int, Times] = {}  # what steps take here, and what drafts are worth, learned by `auto`
         self._acceptance = planner.Acceptance()
         why = "it was not asked for" if fast is False else obstacle(core)
         if fast and why is not None:

@@ -88,10 +88,12 @@ class Drafting:
 
     draft_len: int
     proposals: int
+    alternates: int = 0
 
     def __str__(self) -> str:
         count = "all" if self.proposals == self.draft_len else self.proposals
-        return f"draft length {self.draft_len}, proposals {count}"
+        also = f", alternates {self.alternates}" if self.alternates else ""
+        return f"draft length {self.draft_len}, proposals {count}{also}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ def run(
         "speedup": tidar.tokens_per_second / ar.tokens_per_second,
         "draft_len": drafting.draft_len,
         "proposals": drafting.proposals,
+        "alternates": drafting.alternates,
     }
     if as_json:
         print(json.dumps(numbers))
@@ -159,7 +162,7 @@ def run(
 
 
 def candidates(longest: int, *, captured: bool = False) -> Iterator[Drafting]:
-    """Draft lengths up to ``longest``, each with few proposals, or with all.
+    """Draft lengths up to ``longest``, each with few proposals, or with all, and with alternates.
 
     Every proposal costs k queries: nearly free on a GPU, dear on a CPU. Where steps are captured each kind of step has
     to be compiled first, so there are few.
@@ -167,12 +170,14 @@ def candidates(longest: int, *, captured: bool = False) -> Iterator[Drafting]:
     if captured:
         for plan in few(longest):
             if plan.method == "tidar":
-                yield Drafting(draft_len=plan.draft_len, proposals=plan.proposals)
+                yield Drafting(draft_len=plan.draft_len, proposals=plan.proposals, alternates=plan.alternates)
         return
     for k in sorted({k for k in (2, 3, 4, 6, 8, 12, 16) if k <= longest} | {longest}):
         for count in sorted({1, 2, 3, k} if k <= 8 else {1, 2, 3}):
             if count <= k:
                 yield Drafting(draft_len=k, proposals=count)
+        if 4 <= k <= 8:
+            yield Drafting(draft_len=k, proposals=2, alternates=2)
 
 
 def fastest(model: Model) -> Drafting:

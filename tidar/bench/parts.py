@@ -16,8 +16,8 @@ from tidar.bench.step import at_rest
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.engine import Engine
+from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
-from tidar.fast.step import StepLayout
 from tidar.kernels.workspace import Workspace
 from tidar.model import CausalLM
 

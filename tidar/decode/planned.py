@@ -9,7 +9,8 @@ import torch
 
 from tidar import layout
 from tidar.config import SamplingParams
-from tidar.decode.planner import Acceptance, Times
+from tidar.decode.clock import Times
+from tidar.decode.planner import Acceptance
 from tidar.decode.policy import Planning
 from tidar.decode.tidar import TidarDecoder
 from tidar.model import CausalLM

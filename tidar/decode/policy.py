@@ -10,8 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
+from tidar.decode.clock import Clock
 from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
-from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, Clock, best, likeliest, speed
+from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, best, likeliest, speed
 
 __all__ = ["TOGETHER", "Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 

@@ -52,6 +52,7 @@ class FastDecoder:
         self.forwards = 0
         self._flying: deque[_Flight] = deque()
         self._read: deque[tuple[Shape, Outcome, list[list[int]]]] = deque()
+        self._untold: tuple[Shape, Outcome] | None = None
         self._slots: Slots
         self._rows: list[int] = []
         self._pages: list[list[int]] = []
@@ -81,13 +82,22 @@ class FastDecoder:
         if not self._read:
             while len(self._flying) < self._ahead:
                 self._launch()
+            self._learn()
             self._land()
+        self._learn()
         shape, outcome, certain = self._read.popleft()
         self.forwards += 1
-        self._policy.learn(shape, outcome)
+        self._untold = shape, outcome
         return certain
 
+    def _learn(self) -> None:
+        """From the last step, when the next ones are launched: learning can take the host as long as a step the GPU."""
+        if self._untold is not None:
+            self._policy.learn(*self._untold)
+            self._untold = None
+
     def select(self, rows: list[int]) -> None:
+        self._learn()
         self._rows, self._halfways = [self._rows[r] for r in rows], [self._halfways[r] for r in rows]
         for flight in self._flying:
             flight.rows = [flight.rows[r] for r in rows]

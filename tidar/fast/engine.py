@@ -17,14 +17,15 @@ from torch import Tensor
 
 from tidar.config import SamplingParams
 from tidar.decode.base import PREFILL_PIECE
+from tidar.decode.clock import Clock, Measured
 from tidar.decode.plan import Plan, Shape, shapes
-from tidar.decode.planner import Clock, Measured
 from tidar.fast import ops
 from tidar.fast.latency import Latency
 from tidar.fast.lean import Hidden, LeanModel
 from tidar.fast.pages import Pages, pages_for
+from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
-from tidar.fast.step import Flags, Network, Step, StepLayout
+from tidar.fast.step import Flags, Network, Step
 from tidar.model import CausalLM
 
 __all__ = ["MOST", "ROWS", "Engine"]

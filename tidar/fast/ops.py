@@ -31,10 +31,10 @@ def load(*, plain: bool) -> Any:
             torch.zeros(rows, places, MOST_ALTERNATES if ranked else 0, dtype=torch.long, device=device)
         )
     else:
-        from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, step_attention
+        from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, shortlists, step_attention
 
         for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
-        make = chain.Shortlists.for_step
+        make = shortlists.Shortlists.for_step
         names["shortlists"] = lambda rows, places, device, ranked: make(rows, places, ranked=ranked, device=device)
     return SimpleNamespace(**names)

@@ -8,7 +8,6 @@ vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +16,14 @@ from torch import Tensor
 from tidar.decode.plan import Shape
 from tidar.fast.adapted import NOWHERE, Masks
 from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
+from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
 from tidar.kernels.reference_chain import PlainLists
 from tidar.kernels.reference_step import SURE, Picking
 from tidar.kernels.workspace import Workspace, fixed_tiles
 from tidar.proposals import MOST_ALTERNATES, chance
 
-__all__ = ["Flags", "Network", "Step", "StepLayout"]
+__all__ = ["Flags", "Network", "Step"]
 
 
 AT_ONCE = 128
@@ -40,37 +40,6 @@ class Flags(NamedTuple):
     """Some row has top-k or top-p on."""
     penalty: bool
     """Some row has a repetition penalty."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepLayout:
-    """`tidar.layout.step` and `tidar.layout.prefill` as the kernels want them, for B rows on one device.
-
-    Attributes:
-        causal: queries before alternates and masks.
-        queries: L.
-        levels: (P,) or (B, P) int64.
-        counts: (B,) int32, causal queries that are written to the cache.
-        lengths, table: of the rows.
-        workspace: of the attention; None for the plain twins.
-        picking: where to pick the levels; None if they stand.
-        alternates: A.
-    """
-
-    causal: int
-    queries: int
-    levels: Tensor
-    counts: Tensor
-    lengths: Tensor
-    table: Tensor
-    workspace: Workspace | None
-    picking: Picking | None = None
-    alternates: int = 0
-
-    @property
-    def clean(self) -> int:
-        """Queries before the masks."""
-        return self.causal + self.levels.shape[-1] * self.alternates
 
 
 class Network:
@@ -221,7 +190,7 @@ class Network:
         )
 
     def lists(self, slots: Slots, places: int, *, ranked: bool) -> Any:
-        """Where a chain of so many drafts leaves what it knows (`tidar.kernels.chain.Shortlists`), for these rows."""
+        """Where a chain of so many drafts leaves what it knows: `tidar.kernels.shortlists`, or its twin."""
         if self.transition is None:  # there is no chain, and runners-up have no list
             return slots.once(
                 ("named", places),

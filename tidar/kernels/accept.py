@@ -59,13 +59,17 @@ def _embed(
     if EACH:
         other = query - DRAFTS
         if (other >= 0) & (other < PROPOSALS * EACH):
+            every = tl.minimum(n, RUNS - 1)
+            if came is not None:  # asked for before it is known which, as one load more would wait for another
+                from_slot = tl.load(came + row * RUNS + every)
             _, chosen, index = _pick(chances, chance_step, row, DRAFTS, DRAFTS_UP, PROPOSALS)
-            drafted = tl.sum(tl.where(chosen & (index == other // EACH), n, 0), 0)  # the draft behind the level's
-            at = row * RUNS + tl.minimum(drafted, RUNS - 1)
+            mine = chosen & (index == other // EACH)
+            at = row * RUNS + tl.sum(tl.where(mine, every, 0), 0)  # the draft behind the level's
             slot = other % EACH
             if scores is not None:
                 slots = tl.arange(0, SLOTS)
-                score = tl.load(scores + (at * SLOTS + tl.load(came + at)) * SLOTS + slots)
+                begin_at = at * SLOTS + tl.sum(tl.where(mine, from_slot, 0), 0)
+                score = tl.load(scores + begin_at * SLOTS + slots)
                 for _ in range(other % EACH + 1):  # the draft itself and those before
                     best = tl.min(tl.where(score == tl.max(score, 0), slots, SLOTS - 1), 0)
                     score = tl.where(slots == best, float("-inf"), score)

@@ -19,8 +19,6 @@ Legend: B rows, R drafts, V vocabulary, W width of the transition, G groups of K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -31,10 +29,11 @@ from tidar.kernels.attention_parts import FLOOR, last_to_come
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.pdl import begin, options
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, check_results, lanes
-from tidar.kernels.reference_step import SURE, Runners
+from tidar.kernels.reference_step import SURE
+from tidar.kernels.shortlists import Shortlists
 from tidar.kernels.workspace import power_of_2
 
-__all__ = ["Shortlists", "chain"]
+__all__ = ["chain"]
 
 LAST = tl.constexpr(2**31 - 1)
 LEAST = tl.constexpr(-(2**31))  # below the order of any score
@@ -143,8 +142,6 @@ def _follow(
     leading = tl.min(tl.where(acc == top[:, None], word, LAST), 1)
     tl.store(following + here + line, leading)
     tl.store(odds + here + line, top - peak - tl.log(mass))
-    if choices is not None:
-        tl.store(choices + (here + line)[:, None] * SLOTS + slot[None, :], acc)
 
     if last_to_come(arrived + row, PLACES * (SLOTS // ROWS)):
         places, every = tl.arange(0, PLACES_UP), tl.arange(0, PLACES_UP * SLOTS)
@@ -172,53 +169,9 @@ def _follow(
             tl.store(chances + row * chance_row + places * chance_place, chance, mask=real)
         if choices is not None:
             tl.store(came_from + row * PLACES + places, came, mask=real)
-
-
-@dataclass(frozen=True, eq=False)
-class Shortlists:
-    """What the kernels leave for one another, for one shape; one launch at a time uses it.
-
-    Attributes:
-        tokens: (B, R, S) int32, the shortlists.
-        scores: (B, R, S) float32, their logits without the transition.
-        noise: (B, R, S) float32, noise times temperature; written if there is any.
-        following: (B, R, S) int32, the successor's slot and token for each token of the list before.
-        odds: (B, R, S) float32, the log of that successor's probability, with its noise on top.
-        arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
-        choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None.
-        came: (B, R) int32, which token of the list before came, beside it.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    noise: Tensor
-    following: Tensor
-    odds: Tensor
-    arrived: Tensor
-    choices: Tensor | None = None
-    came: Tensor | None = None
-
-    @classmethod
-    def for_step(cls, rows: int, places: int, *, ranked: bool = False, device: torch.device | str) -> Shortlists:
-        """Memory for R ``places`` in B ``rows``; ``ranked``, if runners-up are asked for.
-
-        Raises:
-            TidarError: sizes below 1.
-        """
-        if min(rows, places) < 1:
-            raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
-        shape = rows, places, GROUPS * KEPT
-        tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
-        scores, noise, odds = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
-        arrived = torch.zeros(rows, dtype=torch.int32, device=device)
-        choices = torch.zeros(*shape, shape[2], dtype=torch.float32, device=device) if ranked else None
-        came = torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None
-        return cls(tokens, scores, noise, following, odds, arrived, choices, came)
-
-    @property
-    def runners(self) -> Runners:
-        """What came next."""
-        return Runners(self.tokens, self.choices, self.came)
+    # Behind the walk, which need not wait for so many bytes.
+    if choices is not None:
+        tl.store(choices + (here + line)[:, None] * SLOTS + slot[None, :], acc)
 
 
 def chain(

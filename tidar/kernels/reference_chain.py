@@ -34,7 +34,7 @@ LANES = 128
 
 @dataclass(frozen=True, eq=False)
 class PlainLists:
-    """What the twin leaves of `tidar.kernels.chain.Shortlists`.
+    """What the twin leaves of `tidar.kernels.shortlists.Shortlists`.
 
     Attributes:
         tokens: (B, R, A) int64, the A tokens that come next after each draft.

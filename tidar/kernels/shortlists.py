@@ -1,0 +1,61 @@
+"""Memory of `tidar.kernels.chain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidar.errors import TidarError
+from tidar.kernels.reference_chain import GROUPS, KEPT
+from tidar.kernels.reference_step import Runners
+
+__all__ = ["Shortlists"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shortlists:
+    """What the kernels leave for one another, for one shape; one launch at a time uses it.
+
+    Attributes:
+        tokens: (B, R, S) int32, the shortlists.
+        scores: (B, R, S) float32, their logits without the transition.
+        noise: (B, R, S) float32, noise times temperature; written if there is any.
+        following: (B, R, S) int32, the successor's slot and token for each token of the list before.
+        odds: (B, R, S) float32, the log of that successor's probability, with its noise on top.
+        arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
+        choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None.
+        came: (B, R) int32, which token of the list before came, beside it.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    noise: Tensor
+    following: Tensor
+    odds: Tensor
+    arrived: Tensor
+    choices: Tensor | None = None
+    came: Tensor | None = None
+
+    @classmethod
+    def for_step(cls, rows: int, places: int, *, ranked: bool = False, device: torch.device | str) -> Shortlists:
+        """Memory for R ``places`` in B ``rows``; ``ranked``, if runners-up are asked for.
+
+        Raises:
+            TidarError: sizes below 1.
+        """
+        if min(rows, places) < 1:
+            raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
+        shape = rows, places, GROUPS * KEPT
+        tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
+        scores, noise, odds = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
+        arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+        choices = torch.zeros(*shape, shape[2], dtype=torch.float32, device=device) if ranked else None
+        came = torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None
+        return cls(tokens, scores, noise, following, odds, arrived, choices, came)
+
+    @property
+    def runners(self) -> Runners:
+        """What came next."""
+        return Runners(self.tokens, self.choices, self.came)
