@@ -75,7 +75,7 @@ def plans(lines: Sequence[Line]) -> Iterator[tuple[Plan, float]]:
             yield AR, milliseconds
         elif step == "verify":
             yield Plan("linear", k), (milliseconds + times[k, "draft"]) / 2
-        elif step.startswith("tidar"):
+        elif step.startswith("tidar") and "alternate" not in step:  # what they are worth is not recorded
             count = int(step.split()[1]) if "," in step else k
             yield Plan("tidar", k, count), milliseconds
 
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, rates = "greedy" if not line["sampling"] else f"T = {line['sampling']['temperature']}", recorded(line)
         for other in decoded:
             method = other["method"].replace(",", "").split()
-            if other["sampling"] == line["sampling"] and method[0] in ("tidar", "linear"):
+            told = method[0] in ("tidar", "linear") and "alternate" not in other["method"]
+            if other["sampling"] == line["sampling"] and told:
                 k = int(method[1].removeprefix("k="))
                 plan = Plan(method[0], k, int(method[2]) if method[0] == "tidar" else 0)
                 made = f"{computed(plan, rates):.2f}"
