@@ -63,6 +63,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "ar": Autoregressive,
     "k4": lambda: Fixed(4, 4),
     "pruned": lambda: Fixed(6, 2),
+    "alternates": lambda: Fixed(4, 2, 3),
     "linear": lambda: Alternating(5),
 }
 

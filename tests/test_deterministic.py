@@ -168,7 +168,7 @@ def test_a_token_is_alike_in_every_step(converted: Callable[[str], Path]) -> Non
     engine = engine_of(converted)
     for at in (40, 66):
         alone = hidden(engine, text, at, one)[0]
-        for back, shape in ((0, Shape(4, 2, 4)), (3, Shape(5, 0, 5)), (2, Shape(3, 3, 3))):
+        for back, shape in ((0, Shape(4, 2, 4)), (3, Shape(5, 0, 5)), (2, Shape(3, 3, 3)), (1, Shape(4, 2, 4, 3))):
             assert torch.equal(hidden(engine, text, at - back, shape)[back], alone), (at, shape)
 
 
@@ -183,6 +183,7 @@ def test_tokens_are_the_same_in_bf16(converted: Callable[[str], Path]) -> None:
 
     expected = decode(Autoregressive, 1)
     assert decode(lambda: Fixed(3, 2), 3) == expected
+    assert decode(lambda: Fixed(3, 2, 4), 3) == expected
     assert decode(lambda: Alternating(4), 2) == expected
 
 
@@ -192,7 +193,7 @@ def test_the_way_there_is_the_same(converted: Callable[[str], Path]) -> None:
     prompts, each = [list(b"def add(a, b):"), list(b"x")], [SamplingParams(max_new_tokens=12)] * 2
     expected = [c.token_ids for c in Model(model).generate(prompts, each, method="ar")]
     engine = Engine(load_model(converted("qwen3"), dtype="float64"), plain=True, deterministic=True)
-    for policy in (Autoregressive(), Fixed(3, 2)):
+    for policy in (Autoregressive(), Fixed(3, 2), Fixed(4, 2, 3)):
         found = generation.generate(engine.core, prompts, each, partial(FastDecoder, engine, policy), 2)
         assert [c.token_ids for c in found] == expected
 
@@ -208,6 +209,7 @@ def test_the_reference_checkpoint_is_the_same_in_bf16() -> None:
             (0, Shape(16, 15, 16)),
             (5, Shape(16, 0, 16)),
             (3, Shape(4, 3, 4)),
+            (2, Shape(8, 3, 8, 4)),
         ):
             assert torch.equal(hidden(engine, text, at - back, shape)[back], alone), (at, shape)
     each = [SamplingParams(max_new_tokens=100, ignore_eos=True, seed=n, temperature=0.8 * (n % 2)) for n in range(6)]
@@ -218,7 +220,7 @@ def test_the_reference_checkpoint_is_the_same_in_bf16() -> None:
         return [completion.token_ids for completion in found]
 
     expected = decode(Autoregressive(), 1)
-    for policy, batch in ((Fixed(16, 15), 1), (Fixed(8, 3), 6), (Alternating(16), 2)):
+    for policy, batch in ((Fixed(16, 15), 1), (Fixed(8, 3), 6), (Fixed(8, 3, 4), 6), (Alternating(16), 2)):
         assert decode(policy, batch) == expected
 
 

@@ -48,6 +48,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "k6": lambda: Fixed(6, 6),
     "one": lambda: Fixed(6, 1),
     "two": lambda: Fixed(6, 2),
+    "alternates": lambda: Fixed(4, 2, 3),
     "linear": lambda: Alternating(5),
 }
 
@@ -64,7 +65,7 @@ class Restless(Fixed):
         wanted = [
             Shape(held, held, 6),
             Shape(1, 0, 1),
-            Shape(min(held, 3), 1, 4),
+            Shape(min(held, 3), 1, 4, 2),
             Shape(held, 0, 1),
         ]
         return wanted[self.turn % 4]

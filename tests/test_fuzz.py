@@ -81,7 +81,13 @@ class Guided(TidarDecoder):
 
 
 def guided(
-    model: Model, requests: Sequence[Request], k: int, proposals: int | None, batch: int, own: float
+    model: Model,
+    requests: Sequence[Request],
+    k: int,
+    proposals: int | None,
+    batch: int,
+    own: float,
+    alternates: int = 0,
 ) -> tuple[list[Completion], set[int]]:
     """The answers, and the numbers of accepted drafts that occurred; proposals may be 0."""
     prompts, params = [list(p) for p, _ in requests], [q for _, q in requests]
@@ -92,7 +98,8 @@ def guided(
     counts: set[int] = set()
 
     def make() -> Guided:
-        decoder = Guided(model.core, draft_len=k, proposals=proposals or None, truth=truth, own=own, counts=counts)
+        sizes = {"draft_len": k, "proposals": proposals or None, "alternates": alternates}
+        decoder = Guided(model.core, **sizes, truth=truth, own=own, counts=counts)
         if proposals == 0:
             decoder.policy = Fixed(k, 0)
         return decoder
@@ -143,7 +150,14 @@ def test_any_request_of_any_family(family: str, converted: Callable[[str], Path]
 
     # Chance alone may leave a number of accepted drafts out; this one does not.
     @example(
-        requests=[((n, 98, 99), long) for n in range(4)], k=4, every=True, some=0, batch=4, own=0.4, eos=frozenset()
+        requests=[((n, 98, 99), long) for n in range(4)],
+        k=4,
+        every=True,
+        some=0,
+        alternates=2,
+        batch=4,
+        own=0.4,
+        eos=frozenset(),
     )
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -151,17 +165,25 @@ def test_any_request_of_any_family(family: str, converted: Callable[[str], Path]
         k=st.sampled_from([4, 16, 1, 2, 3, 5, 8]),
         every=st.booleans(),
         some=st.integers(0, 16),
+        alternates=st.integers(0, 3),
         batch=st.integers(1, 5),
         own=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
         eos=st.frozensets(st.integers(0, 255), max_size=12),
     )
     def check(
-        requests: list[Request], k: int, every: bool, some: int, batch: int, own: float, eos: frozenset[int]
+        requests: list[Request],
+        k: int,
+        every: bool,
+        some: int,
+        alternates: int,
+        batch: int,
+        own: float,
+        eos: frozenset[int],
     ) -> None:
         ending = ending_at(model, eos)
         expected = [ending.generate([list(p)], q, method="ar")[0] for p, q in requests]
         proposals = None if every else min(some, k)
-        got, counts = guided(ending, requests, k, proposals, batch, own)
+        got, counts = guided(ending, requests, k, proposals, batch, own, alternates)
         assert said(got) == said(expected)
         assert all(new.forwards <= old.forwards for new, old in zip(got, expected, strict=True))
         occurred.update(counts)

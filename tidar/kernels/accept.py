@@ -18,6 +18,9 @@ from tidar.kernels.workspace import power_of_2
 
 __all__ = ["accept", "embed"]
 
+NARROW = 1024
+"""Width up to which one warp embeds: its maxima wait for no other."""
+
 
 @triton.jit
 def _pick(chances, chance_step, row, DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, PROPOSALS: tl.constexpr):
@@ -65,16 +68,17 @@ def _embed(
             _, chosen, index = _pick(chances, chance_step, row, DRAFTS, DRAFTS_UP, PROPOSALS)
             mine = chosen & (index == other // EACH)
             at = row * RUNS + tl.sum(tl.where(mine, every, 0), 0)  # the draft behind the level's
-            slot = other % EACH
             if scores is not None:
                 slots = tl.arange(0, SLOTS)
                 begin_at = at * SLOTS + tl.sum(tl.where(mine, from_slot, 0), 0)
-                score = tl.load(scores + begin_at * SLOTS + slots)
+                score, listed = tl.load(scores + begin_at * SLOTS + slots), tl.load(named + at * SLOTS + slots)
                 for _ in range(other % EACH + 1):  # the draft itself and those before
                     best = tl.min(tl.where(score == tl.max(score, 0), slots, SLOTS - 1), 0)
                     score = tl.where(slots == best, float("-inf"), score)
-                slot = tl.min(tl.where(score == tl.max(score, 0), slots, SLOTS - 1), 0)
-            token = tl.load(named + at * SLOTS + slot).to(tl.int64)
+                best = tl.min(tl.where(score == tl.max(score, 0), slots, SLOTS - 1), 0)
+                token = tl.sum(tl.where(slots == best, listed, 0), 0).to(tl.int64)
+            else:
+                token = tl.load(named + at * SLOTS + other % EACH).to(tl.int64)
             tl.store(alternates + row * PROPOSALS * EACH + other, token)
     column = tl.arange(0, WIDTH)
     x = tl.load(table + token * D + column, mask=column < D)
@@ -105,7 +109,8 @@ def embed(
         DRAFTS=count, DRAFTS_UP=power_of_2(count), PROPOSALS=0 if levels is None else levels.shape[1],
         EACH=0 if alternates is None else alternates.shape[2], RUNS=0 if named is None else named.shape[1],
         SLOTS=0 if named is None else named.shape[2],
-        QUERIES=queries, D=width, WIDTH=power_of_2(width), **options(table.device),
+        QUERIES=queries, D=width, WIDTH=power_of_2(width), num_warps=1 if width <= NARROW else 4,
+        **options(table.device),
     )  # fmt: skip
     return out
 
@@ -124,6 +129,10 @@ def _accept(
     i = tl.arange(0, DRAFTS_UP)
     s = tl.load(sampled + row * DRAFTS + i, mask=i < DRAFTS, other=0)
     d = tl.load(drafts + row * draft_step + i + 1, mask=i + 1 < DRAFTS, other=0)
+    if EACH:  # asked for before it is known which are
+        p, a = tl.arange(0, PROPOSALS_UP)[:, None], tl.arange(0, EACH_UP)[None, :]
+        there = (p < PROPOSALS) & (a < EACH)
+        others = tl.load(alternates + (row * PROPOSALS + p) * EACH + a, mask=there, other=-1)
     # n: the first place whose sample is not the draft behind it, or all.
     stop = (s != d) | (i == DRAFTS - 1)
     n = tl.min(tl.where(stop & (i < DRAFTS), i, DRAFTS - 1), 0) + 1
@@ -152,10 +161,8 @@ def _accept(
         state = first + PROPOSALS * EACH + block * MASKS + tl.minimum(place, MASKS - 1)
         kind = (place < MASKS).to(tl.int8)
         if EACH:
-            a = tl.arange(0, EACH_UP)
-            there = (a < EACH) & (behind == 0)
-            other = tl.load(alternates + (row * PROPOSALS + block) * EACH + a, mask=there, other=-1)
-            least = tl.min(tl.where(other == follow, a, EACH_UP), 0)
+            here = (tl.arange(0, PROPOSALS_UP)[:, None] == block) & (others == follow) & (behind == 0)
+            least = tl.min(tl.where(here, tl.arange(0, EACH_UP)[None, :], EACH_UP))
             met = tl.where(least < EACH_UP, least, met)
             # The draft behind the certain token is what its alternate says.
             state = tl.where((j == 0) & (met >= 0), first + block * EACH + met, state)
