@@ -211,7 +211,7 @@ from tidar.kernels import chain
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, lanes
 dealt = dict(VOCAB={vocab}, GROUPS=GROUPS, LANES=lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
 dealt["num_warps"] = chain.TOGETHER
-follow = dict(SURE=2) if {ranked} else dict(SURE=2, choices=None, came_from=None)
+follow = dict(SURE=2, KNOWN=0.9) if {ranked} else dict(SURE=2, KNOWN=0.9, choices=None, came_from=None)
 follow |= dict(made_place=1, out_place=1, chance_place=1, **chain.sizes({places}, KEPT * GROUPS, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i8", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",

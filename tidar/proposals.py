@@ -14,10 +14,15 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 
-__all__ = ["MOST_ALTERNATES", "chance", "check_alternates", "check_proposals", "levels", "outcomes", "ranks"]
+__all__ = ["KNOWN", "MOST_ALTERNATES", "chance", "check_alternates", "check_proposals", "levels", "outcomes", "ranks"]
 
 MOST_ALTERNATES = 8
 """A, at most."""
+
+
+KNOWN = 0.9
+"""Chance of a draft that an alternate told. The check has filters and penalties, the draft may have none, so some fall;
+and where they do, the next step should not be without drafts."""
 
 
 def check_proposals(draft_len: int, proposals: int | None) -> int:

@@ -15,7 +15,7 @@ __all__ = ["AR", "SINGLE", "Outcome", "Plan", "Shape", "candidates", "drafted", 
 TILE = 16
 """Queries of a step that cost about as much as one more."""
 ENOUGH = 4
-"""Alternates from which on another one hardly ever comes."""
+"""Alternates from which on another one comes in a few steps of a hundred."""
 
 
 class Shape(NamedTuple):
@@ -96,7 +96,7 @@ def candidates(longest: int) -> Iterator[Plan]:
 
 
 def filled(draft_len: int, proposals: int) -> Plan:
-    """With as many alternates as there is room for in the last tile of a step's queries, or of another one."""
+    """With as many alternates as the last tile of a step's queries has room for, one at least and `ENOUGH` at most."""
     least = draft_len + proposals * (draft_len + 1)
     room = -least % TILE
     return Plan("tidar", draft_len, proposals, min(ENOUGH, 1 + room // proposals))
@@ -111,13 +111,13 @@ def drafted(proposals: int, alternates: int = 0) -> str:
 def few(longest: int) -> Iterator[Plan]:
     """The plans among which most is decided, where each costs seconds to make ready (`tidar.fast`).
 
-    One proposal fewer than the drafts fills tiles: 15 of 16 drafts make 256 queries, one alone 32, two 48. Where there
-    is room in a tile, alternates fill it.
+    One proposal fewer than the drafts fills tiles, and so does one fewer than a quarter or a half of them: 15, 3 and 1
+    of 16 drafts make 256, 64 and 32 queries. Others leave room in their last tile, which alternates fill.
     """
     yield AR
     for k in sorted({longest, longest // 2, longest // 4} - {0, 1}, reverse=True):
-        some = {k - 1} | ({1} if k > longest // 4 else set()) | ({2} if k == longest > 2 else set())
-        for count in sorted(some, reverse=True):
+        some = {k - 1} | ({3, 1} if k > longest // 4 else set()) | ({2} if k == longest > 2 else set())
+        for count in sorted((n for n in some if n < k), reverse=True):
             yield Plan("tidar", k, count)
         for count in sorted({n for n in (k // 3 + 1, k // 4 - 1, 2) if 2 <= n < k}, reverse=True):
             yield filled(k, count)

@@ -19,7 +19,7 @@ __all__ = ["PlannedDecoder", "measure"]
 
 
 class PlannedDecoder(TidarDecoder):
-    """Chooses method, draft length and proposals by itself.
+    """Chooses method, draft length, proposals and alternates by itself.
 
     Args:
         model: a converted model.

@@ -45,9 +45,9 @@ LIKELY = 0.2
 """The share of all outcomes, the likeliest, that are no surprise: they cover some three quarters."""
 BELOW = 2 / 3
 """How often an outcome that was not drafted for lies below all that were; 1 is as often as if these stood anywhere."""
-OTHERWISE, FEWER = 0.36, 0.5
-"""How often the first alternate of an outcome is believed to be the token behind it, before any is seen, and each other
-one after the one before it."""
+OTHERWISE, FEWER = 0.32, 0.45
+"""How often the first alternate of an outcome is believed to be the token behind it, before any is seen; and each other
+one as a share of the one before it."""
 KINDS = 3
 UNLIKELY, FRESH, TAILS = range(KINDS)
 """Kinds of drafts: fresh ones behind an unlikely outcome, other fresh ones, and tails."""
@@ -108,7 +108,8 @@ class Acceptance:
         self._placed = FORGET**steps * self._placed + len(places)
 
     def tried(self, alternates: int, met: Counts, steps: int = 1) -> None:
-        """Take which of so many alternates (R,) outcomes were continued by, from 0, -1 where by none."""
+        """Take which of so many alternates (R,) outcomes were continued by, from 0; -1 where by none, as where all
+        drafts stood, which has none."""
         hit = np.bincount(met[met >= 0], minlength=alternates)
         self._met[:alternates] = FORGET**steps * self._met[:alternates] + hit
         self._asked[:alternates] = FORGET**steps * self._asked[:alternates] + len(met)

@@ -18,9 +18,9 @@ __all__ = ["TOGETHER", "Alternating", "Autoregressive", "Fixed", "Planning", "Po
 
 TOGETHER = 4
 """Steps that the fast path learns from together."""
-REPLAN = 16
-"""A look at all plans is spread over so many times that steps are learnt from: at once it would take the host longer
-than a small model's step takes the GPU, and the GPU would wait."""
+REPLAN = 32
+"""Steps that a look at all plans is spread over: at once it would take the host longer than a small model's step takes
+the GPU, and the GPU would wait."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
 
@@ -51,7 +51,7 @@ class Policy(Protocol):
 
 
 class Fixed:
-    """TiDAR's one forward: always the same draft length and proposals.
+    """TiDAR's one forward: always the same draft length, proposals and alternates.
 
     Args:
         draft_len: K, and the masks of a proposal.
@@ -101,13 +101,14 @@ class Alternating(Fixed):
 
 
 class Planning:
-    """Chooses method, draft length and proposals by what steps take and what they accepted.
+    """Chooses method, draft length, proposals and alternates by what steps take and what they accepted.
 
     Args:
         draft_len: the longest draft.
         plans: what to choose from; `candidates` by default.
         acceptance: what was seen before, by decoders of the same model; it is added to.
-        every: steps after which they are learnt from, together; more of them where steps take as long as learning.
+        every: steps after which they are learnt from, together; more of them where steps take as long as learning. A
+            request's last ones, fewer than these, teach nothing.
 
     Attributes:
         plan: the one that steps follow now.
@@ -133,6 +134,7 @@ class Planning:
         self._new = True
         self._came: list[tuple[Shape, Outcome]] = []
         self._every = every
+        self._share = -(-len(self._plans) * every // REPLAN)
         self._looking: Iterator[Plan] = iter(())
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
@@ -153,7 +155,7 @@ class Planning:
                 pass
             self._new = False
         else:  # while the GPU works on
-            self._looking = self._look(-(-len(self._plans) // REPLAN))
+            self._looking = self._look(self._share)
 
     def shape(self, held: int) -> Shape:
         wanted = self._wanted(held)
@@ -183,7 +185,7 @@ class Planning:
         if len(self._came) == self._every:
             self._take()
             if next(self._looking, None) is None:
-                self._looking = self._look(-(-len(self._plans) // REPLAN))
+                self._looking = self._look(self._share)
 
     def select(self, rows: Sequence[int]) -> None:
         self._take()
@@ -220,8 +222,7 @@ class Planning:
             # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
             whole = tested & (begun == 0)
             self.acceptance.placed(1 + count[whole], places[whole], steps)
-        # Behind the last draft there are no alternates, whatever a step may hold there.
-        asked = (behind == 0) & (n < drafts)
+        asked = behind == 0
         for each in {shape.alternates for shape in shapes} - {0}:
             asked_of = asked & np.array([shape.alternates == each for shape in shapes])[:, None]
             if asked_of.any():

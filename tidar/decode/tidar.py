@@ -29,7 +29,7 @@ from tidar.decode.plan import Outcome, Shape
 from tidar.decode.policy import Fixed, Policy
 from tidar.errors import TidarError
 from tidar.model import CausalLM
-from tidar.proposals import MOST_ALTERNATES, chance, check_alternates, check_proposals, levels, ranks
+from tidar.proposals import KNOWN, MOST_ALTERNATES, chance, check_alternates, check_proposals, levels, ranks
 from tidar.sampling import accept_matching, accept_ratio, draft_ratio, runners_up, sample, seen_after, trust
 
 __all__ = ["Acceptance", "TidarDecoder"]
@@ -229,7 +229,7 @@ class TidarDecoder(Rows):
             self._others[:, part, :alternates] = others
         self._chances = torch.cat(chances, 1)
         if met is not None:
-            self._chances[:, 0].masked_fill_(met, 1)
+            self._chances[:, 0].masked_fill_(met, KNOWN)
         if self.acceptance == "ratio":
             self._q = torch.cat(q, 1)
         return torch.cat(drafts, 1)
@@ -251,5 +251,7 @@ class TidarDecoder(Rows):
             drafts, q = draft_ratio(scores, self.params, positions + (self.lengths[:, None] << 32))
         else:
             drafts, q = sample(scores, self.params, positions), scores
-        others = runners_up(scores, self.params, positions, drafts, alternates)
+        # What replaces a draft of "ratio" has noise of its own.
+        shared = positions if self.acceptance == "gumbel" else None
+        others = runners_up(scores, self.params, shared, drafts, alternates)
         return drafts, q, chance(logits, drafts) * made, others

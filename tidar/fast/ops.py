@@ -5,10 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from tidar.proposals import MOST_ALTERNATES
-
 __all__ = ["load"]
 
 
@@ -27,14 +23,11 @@ def load(*, plain: bool) -> Any:
 
         for module in (reference, reference_chain, reference_products, plain_sample, reference_step):
             names |= {name: getattr(module, name) for name in module.__all__}
-        names["shortlists"] = lambda rows, places, device, ranked: reference_chain.PlainLists(
-            torch.zeros(rows, places, MOST_ALTERNATES if ranked else 0, dtype=torch.long, device=device)
-        )
+        names["shortlists"] = reference_chain.PlainLists.of
     else:
         from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, shortlists, step_attention
 
         for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
-        make = shortlists.Shortlists.for_step
-        names["shortlists"] = lambda rows, places, device, ranked: make(rows, places, ranked=ranked, device=device)
+        names["shortlists"] = shortlists.Shortlists.for_step
     return SimpleNamespace(**names)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ DEPTH = 16
 """Steps that may be in flight before the first of their results is read."""
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Lists(Protocol):
+    """What a chain of drafts leaves of its runners-up (`tidar.kernels.shortlists`)."""
+
+    def forget(self) -> None:
+        """Name nothing but token 0."""
+        ...
 
 
 class Slots:
@@ -84,6 +93,7 @@ class Slots:
         self.lengths.zero_()
         self.tickets.zero_()
         self.bad.zero_()
+        self._forget()
         self.params.copy_(DeviceParams.of([*params, *[SamplingParams()] * rest], self.device))
         if any(each.repetition_penalty != 1 for each in params):
             self.seen.zero_()
@@ -102,10 +112,17 @@ class Slots:
             mine[:count] = theirs[index]
         self.tickets.zero_()
         self.bad.copy_(other.bad)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Runners-up of other rows' drafts would do no harm, but forwards would hang on who came before."""
+        for made in self.kept.values():
+            if isinstance(made, Lists):
+                made.forget()
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Steps inside leave no trace but in pages behind the rows' lengths."""
+        """Steps inside leave no trace but in pages behind the rows' lengths and in `Lists`."""
         held = [tensor.clone() for tensor in self._state]
         try:
             yield

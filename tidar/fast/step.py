@@ -21,7 +21,7 @@ from tidar.fast.slots import Slots
 from tidar.kernels.reference_chain import PlainLists
 from tidar.kernels.reference_step import SURE, Picking
 from tidar.kernels.workspace import Workspace, fixed_tiles
-from tidar.proposals import MOST_ALTERNATES, chance
+from tidar.proposals import KNOWN, chance
 
 __all__ = ["Flags", "Network", "Step"]
 
@@ -145,7 +145,8 @@ class Network:
         alternates: int = 0,
     ) -> None:
         """Choose the drafts behind the certain tokens from the hidden states ``x[states]``, both (B, M - 1), of masks
-        or alternates as ``made`` says (`tidar.kernels.accept.accept`); and as many ``alternates`` of each.
+        or alternates as ``made`` says (`tidar.kernels.accept.accept`). With ``alternates``, as many of each can be told
+        afterwards from `lists`.
 
         A draft that nobody made is token 0: any draft is exact. ``every`` (N, V) are the logits of all hidden states,
         if they are known.
@@ -158,8 +159,8 @@ class Network:
             chosen, there = self.sample(logits, slots, flags, first=1), made != 0
             logits = logits.masked_fill(self.suppressed, -torch.inf)
             drafts.copy_(chosen * there)
-            chances.copy_((chance(logits, chosen) * there).masked_fill(made == SURE, 1))
-            if alternates:  # without their noise, which would cost more than it brings
+            chances.copy_((chance(logits, chosen) * there).masked_fill(made == SURE, KNOWN))
+            if alternates:  # without their noise, which would be made for the whole vocabulary
                 named = logits.scatter(2, chosen[..., None], -torch.inf).topk(alternates).indices
                 lists.tokens[:, :, :alternates] = named
             return
@@ -191,16 +192,10 @@ class Network:
 
     def lists(self, slots: Slots, places: int, *, ranked: bool) -> Any:
         """Where a chain of so many drafts leaves what it knows: `tidar.kernels.shortlists`, or its twin."""
-        if self.transition is None:  # there is no chain, and runners-up have no list
-            return slots.once(
-                ("named", places),
-                lambda: PlainLists(
-                    torch.zeros(slots.rows, places, MOST_ALTERNATES, dtype=torch.long, device=slots.device)
-                ),
-            )
+        # Without a transition there is no chain, and runners-up have no list.
+        make = PlainLists.of if self.transition is None else self.ops.shortlists
         return slots.once(
-            ("shortlists", places, ranked),
-            lambda: self.ops.shortlists(slots.rows, places, slots.device, ranked),
+            ("shortlists", places, ranked), lambda: make(slots.rows, places, ranked=ranked, device=slots.device)
         )
 
 

@@ -32,6 +32,7 @@ from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, check_chain, chec
 from tidar.kernels.reference_step import SURE
 from tidar.kernels.shortlists import Shortlists
 from tidar.kernels.workspace import power_of_2
+from tidar.proposals import KNOWN
 
 __all__ = ["chain"]
 
@@ -104,8 +105,8 @@ def _follow(
     arrived, out, chances, state_row, state_place, first_row, made_row, made_place, out_row, out_place,
     chance_row, chance_place,
     PLACES: tl.constexpr, PLACES_UP: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, SURE: tl.constexpr, SAMPLING: tl.constexpr,
-    PDL: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, SURE: tl.constexpr, KNOWN: tl.constexpr,
+    SAMPLING: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The successors, within a place's shortlist, of some tokens of the one before; the last to come to a row walks."""
     begin(PDL)
@@ -165,7 +166,7 @@ def _follow(
             odd = tl.load(odds + lists + came, mask=real & kept, other=float("-inf"), cache_modifier=".cg")
             if SAMPLING:  # how probable a draft is does not depend on its luck
                 odd -= tl.load(noise + lists + (walked >> BITS), mask=real, other=0.0)
-            chance = tl.where(kind == SURE, 1.0, tl.exp(odd))
+            chance = tl.where(kind == SURE, KNOWN, tl.exp(odd))
             tl.store(chances + row * chance_row + places * chance_place, chance, mask=real)
         if choices is not None:
             tl.store(came_from + row * PLACES + places, came, mask=real)
@@ -218,7 +219,7 @@ def chain(
         rows: (B, R) int32 contiguous: base is (N, V) and state (N, W), and these of their rows are meant.
         out: (B, R) int64, any strides, where to write; it may share memory with ``first``, but no element.
         chances: (B, R) float32, any strides: gets the probability of each draft by the logits of its shortlist, without
-            noise; 0 of one that nobody made, 1 of one that is sure.
+            noise; 0 of one that nobody made, `tidar.proposals.KNOWN` of one that is sure.
         shortlists: made for these sizes; ranked ones tell the runners-up afterwards, also of drafts that nobody made.
             Made anew without; give them, and ``out``, where nothing may be allocated.
 
@@ -257,7 +258,7 @@ def chain(
         state, first, made.view(torch.int8), rows, token_table, mix, *lists, shortlists.following, shortlists.odds,
         shortlists.choices, shortlists.came, shortlists.arrived, out, chances, *state.stride()[:2], *first.stride(),
         *made.stride(), *out.stride(), *((0, 0) if chances is None else chances.stride()), SURE=SURE,
-        SAMPLING=sampling, **fixed,
+        KNOWN=KNOWN, SAMPLING=sampling, **fixed,
         **options(base.device),
     )  # fmt: skip
     return out

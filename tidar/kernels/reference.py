@@ -150,7 +150,8 @@ def check_levels(levels: Tensor, rows: int, queries: int, causal: int, alternate
     """M; `TidarError` unless the queries are causal ones, and alternates and blocks of masks, each with a level."""
     blocks = levels.shape[-1]
     masks = queries - causal - blocks * alternates
-    if not 1 <= causal <= queries or alternates < 0 or (masks % blocks if blocks else masks) or masks < 0:
+    least = 1 if blocks and alternates else 0
+    if not 1 <= causal <= queries or alternates < 0 or masks < least or (masks % blocks if blocks else masks):
         also = f", {alternates} alternates of each of {blocks} levels" if alternates else ""
         raise TidarError(f"{queries} queries are not {causal} causal ones{also} and {blocks} equal blocks of masks")
     if tuple(levels.shape[:-1]) not in ((), (rows,)) or levels.stride(-1) != 1 or levels.is_floating_point():

@@ -17,6 +17,7 @@ from torch.nn.functional import pad, silu
 from tidar.errors import TidarError
 from tidar.kernels.reference_step import SURE, Runners
 from tidar.noise import gumbel
+from tidar.proposals import KNOWN, MOST_ALTERNATES
 
 __all__ = ["GROUPS", "PlainLists", "chain", "check_chain", "check_results", "lanes", "shortlist"]
 
@@ -41,6 +42,16 @@ class PlainLists:
     """
 
     tokens: Tensor
+
+    @classmethod
+    def of(cls, rows: int, places: int, *, ranked: bool, device: torch.device | str) -> PlainLists:
+        """Memory for R ``places`` in B ``rows``; ``ranked``, if runners-up are asked for."""
+        count = MOST_ALTERNATES if ranked else 0
+        return cls(torch.zeros(rows, places, count, dtype=torch.long, device=device))
+
+    def forget(self) -> None:
+        """All runners-up are token 0."""
+        self.tokens.zero_()
 
     @property
     def runners(self) -> Runners:
@@ -86,7 +97,7 @@ def chain(
         bent = (mix[tokens].to(wide) @ gate.to(wide)[:, :, None])[:, :, 0]
         sure = (made[:, place].to(torch.int8) == SURE)[:, None]
         score = scores[:, place] + bent.masked_fill(sure, 0)
-        odds = score.softmax(1).nan_to_num().masked_fill(sure, 1)  # NaN of a list without a token
+        odds = score.softmax(1).nan_to_num().masked_fill(sure, KNOWN)  # NaN of a list without a token
         if sampling:
             position = lengths.long()[:, None] + offset + place
             noise = gumbel(seed, position, base.shape[2])[:, 0].gather(1, tokens)

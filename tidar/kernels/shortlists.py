@@ -25,7 +25,8 @@ class Shortlists:
         following: (B, R, S) int32, the successor's slot and token for each token of the list before.
         odds: (B, R, S) float32, the log of that successor's probability, with its noise on top.
         arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
-        choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None.
+        choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None. 4
+            MiB a row of 16 drafts.
         came: (B, R) int32, which token of the list before came, beside it.
     """
 
@@ -54,6 +55,10 @@ class Shortlists:
         choices = torch.zeros(*shape, shape[2], dtype=torch.float32, device=device) if ranked else None
         came = torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None
         return cls(tokens, scores, noise, following, odds, arrived, choices, came)
+
+    def forget(self) -> None:
+        """All runners-up are token 0."""
+        self.tokens.zero_()
 
     @property
     def runners(self) -> Runners:
