@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tidar.api import Model
-from tidar.bench import baselines, decode, floors, parts, report, step
+from tidar.bench import baselines, decode, parts, report, step
 from tidar.bench.floors import Rates, floor
 from tidar.checkpoint import load_model
 from tidar.cli import main
@@ -19,6 +19,7 @@ from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.plan import Shape
 from tidar.fast.engine import Engine
+from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
 
 RATE = Rates(bandwidth=4e12, matmul=8e14)
@@ -158,6 +159,6 @@ def test_median_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
             return float(len(order))
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    found = floors.interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=3, repeat=2)
+    found = interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=3, repeat=2)
     assert "".join(order) == "aabb" * 4
     assert found == [10 / 1e3 / 2, 12 / 1e3 / 2]

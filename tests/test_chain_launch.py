@@ -215,7 +215,7 @@ follow = dict(SURE=2, KNOWN=0.9) if {ranked} else dict(SURE=2, KNOWN=0.9, choice
 follow |= dict(made_place=1, out_place=1, chance_place=1, **chain.sizes({places}, KEPT * GROUPS, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i8", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
-    noise="*fp32", following="*i32", odds="*fp32", choices="*fp32", came_from="*i32", arrived="*i32",
+    noise="*fp32", following="*i64", choices="*fp32", came_from="*i32", arrived="*i32",
     chances="*fp32", chosen_rows="*i32")
 for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
     options = {{n: fixed.pop(n) for n in ("num_warps", "num_stages") if n in fixed}}

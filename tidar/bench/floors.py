@@ -5,16 +5,15 @@ Both rates are measured on the GPU at hand, not read from a data sheet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
 from tidar.decode.plan import Shape
 from tidar.fast.lean import LeanModel
+from tidar.fast.timing import interleaved
 
-__all__ = ["Floor", "Rates", "floor", "interleaved", "rates"]
+__all__ = ["Floor", "Rates", "floor", "rates"]
 
 
 @dataclass(frozen=True)
@@ -82,25 +81,3 @@ def floor(lean: LeanModel, shape: Shape, rows: int, prefix: int, rate: Rates) ->
     by_memory, by_compute = moved / rate.bandwidth, flops / rate.matmul
     bound = "memory" if by_memory >= by_compute else "compute"
     return Floor(moved, flops, max(by_memory, by_compute), bound)
-
-
-def interleaved(calls: Sequence[Callable[[], object]], *, rounds: int, repeat: int = 1) -> list[float]:
-    """Median seconds of each call on the GPU: all of them in turn, so many rounds, so that drift meets all alike.
-
-    Args:
-        calls: what to time; each launches work and waits for nothing.
-        rounds: times that each is timed, after one round that is not.
-        repeat: calls between two events; for what takes a few microseconds.
-    """
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for kept, call in zip(times, calls, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            for _ in range(repeat):
-                call()
-            end.record()
-            end.synchronize()
-            if turn:
-                kept.append(start.elapsed_time(end) / 1e3 / repeat)
-    return [median(each) for each in times]

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from tidar.bench.floors import interleaved
 from tidar.bench.step import at_rest
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.engine import Engine
 from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
+from tidar.fast.timing import interleaved
 from tidar.kernels.workspace import Workspace
 from tidar.model import CausalLM
 

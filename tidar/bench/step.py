@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tidar.adapters import AdapterSpec
-from tidar.bench.floors import floor, interleaved, rates
+from tidar.bench.floors import floor, rates
 from tidar.bench.shapes import random_model
 from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
@@ -24,6 +24,7 @@ from tidar.fast import obstacle
 from tidar.fast.engine import Engine
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags
+from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
 
 __all__ = ["add_adapters", "at_rest", "model_of", "run", "step_shapes"]

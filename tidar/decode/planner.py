@@ -123,7 +123,8 @@ class Acceptance:
         k = plan.draft_len
         outcomes = k - np.append(np.arange(k), 0)  # as many as there are drafts, the certain token among them
         wanted = np.minimum(plan.proposals if plan.method == "tidar" else k, outcomes)
-        drafted, likely = np.interp([wanted / outcomes, likeliest(outcomes) / outcomes], GRID, self._covered)
+        asked = np.concatenate([wanted, likeliest(outcomes)]) / np.concatenate([outcomes, outcomes])
+        drafted, likely = np.interp(asked, GRID, self._covered).reshape(2, -1)
         return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed, self.sure(plan.alternates))
 
     def rates(self, longest: int) -> Rates:
@@ -187,12 +188,14 @@ def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
     chain = np.zeros((k + 1, k + 1))
     chain[:, :k] = survive[kinds] * there
     # What an outcome leads to: fresh drafts, whatever it is, or what it leaves where it was not drafted for.
-    likely, drafted = np.broadcast_arrays(*cover[:2], np.zeros(k + 1))[:2]
+    each = np.zeros(k + 1)
+    likely, drafted = each + cover.likely, each + cover.drafted
     missed = _missed(k, plan.proposals if plan.method == "tidar" else k)
     moves = (1 - drafted)[:, None] * ((chain[:, :-1] - chain[:, 1:]) @ missed)
     moves[:, k] += likely
     moves[:, 0] += drafted - likely
-    share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
+    share = moves / 2
+    share.flat[:: k + 2] += 0.5  # lazy, so no cycles
     for _ in range(8):
         share = share @ share
     made = float(share[k] @ chain.sum(1))  # from the prefill's

@@ -16,11 +16,11 @@ from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, best, likel
 
 __all__ = ["TOGETHER", "Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
-TOGETHER = 4
+TOGETHER = 8
 """Steps that the fast path learns from together."""
-REPLAN = 32
-"""Steps that a look at all plans is spread over: at once it would take the host longer than a small model's step takes
-the GPU, and the GPU would wait."""
+REPLAN = 64
+"""Steps that a look at all plans is spread over, but for those that others are learnt in: at once it would take the
+host longer than a small model's step takes the GPU, and the GPU would wait."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
 
@@ -107,8 +107,7 @@ class Planning:
         draft_len: the longest draft.
         plans: what to choose from; `candidates` by default.
         acceptance: what was seen before, by decoders of the same model; it is added to.
-        every: steps after which they are learnt from, together; more of them where steps take as long as learning. A
-            request's last ones, fewer than these, teach nothing.
+        every: steps after which they are learnt from, together; more of them where steps take as long as learning.
 
     Attributes:
         plan: the one that steps follow now.
@@ -134,16 +133,15 @@ class Planning:
         self._new = True
         self._came: list[tuple[Shape, Outcome]] = []
         self._every = every
-        self._share = -(-len(self._plans) * every // REPLAN)
-        self._looking: Iterator[Plan] = iter(())
+        self._looking = self._looks(REPLAN)
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
         self._unlikely = np.zeros(0, dtype=np.bool_)  # whether what came of the last drafts was
         self._sure = np.zeros(0, dtype=np.bool_)  # whether the first draft is what an alternate said
 
     def open(self, rows: int) -> int:
+        self._take()
         self._new = True
-        self._came.clear()
         self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
         self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
         return self._draft_len
@@ -151,11 +149,9 @@ class Planning:
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
         self.times = times(self._plans)
         if self._new:
-            for _ in self._look(len(self._plans)):
-                pass
+            next(self._looks(1))
             self._new = False
-        else:  # while the GPU works on
-            self._looking = self._look(self._share)
+        self._looking = self._looks(REPLAN)  # after a change of rows while the GPU works on
 
     def shape(self, held: int) -> Shape:
         wanted = self._wanted(held)
@@ -182,10 +178,11 @@ class Planning:
             self.times.update(shape, seconds)
         self._idle = 0 if shape.proposals else self._idle + (self.plan.method == "ar")
         self._came.append((shape, outcome))
-        if len(self._came) == self._every:
+        taking = len(self._came) == self._every
+        if taking:
             self._take()
-            if next(self._looking, None) is None:
-                self._looking = self._look(self._share)
+        if not taking or self._every == 1:
+            next(self._looking)
 
     def select(self, rows: Sequence[int]) -> None:
         self._take()
@@ -229,11 +226,14 @@ class Planning:
                 self.acceptance.tried(each, met[asked_of], steps)
         self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], met[-1] >= 0
 
-    def _look(self, share: int) -> Iterator[Plan]:
-        """Look at ``share`` plans at a time, then follow the quickest."""
-        rates, speeds = self.acceptance.rates(self._draft_len), {}
-        for number, plan in enumerate(self._plans, 1):
-            speeds[plan] = speed(plan, rates, self.acceptance.cover(plan), self.times)
-            if number % share == 0:
-                yield plan
-        self.plan = best(speeds, self.plan)
+    def _looks(self, steps: int) -> Iterator[None]:
+        """Look at all plans, some in each of so many steps, then follow the quickest; and begin again."""
+        count = len(self._plans)
+        while True:
+            rates, speeds = self.acceptance.rates(self._draft_len), {}
+            for step in range(steps):
+                for plan in self._plans[step * count // steps : (step + 1) * count // steps]:
+                    speeds[plan] = speed(plan, rates, self.acceptance.cover(plan), self.times)
+                if step == steps - 1:
+                    self.plan = best(speeds, self.plan)
+                yield

@@ -26,6 +26,7 @@ from tidar.fast.pages import Pages, pages_for
 from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
 from tidar.fast.step import Flags, Network, Step
+from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
 
 __all__ = ["MOST", "ROWS", "Engine"]
@@ -38,6 +39,8 @@ LEAST_PREFIX = 256
 """Steps behind shorter ones are not told apart."""
 SHORT = 48 * 2**20
 """Bytes of a weight, on average, up to which a product of few rows is short; some 12 microseconds of an H200."""
+ROUNDS, REPEAT = 9, 8
+"""Times that each step is measured for a planner, all of them in turn, and steps between two looks at the clock."""
 PIECES = (64, 256, PREFILL_PIECE)
 """Prompt parts of one forward; others are padded. Few, because each is compiled for."""
 
@@ -198,7 +201,8 @@ class Engine:
             with slots.untouched():
                 slots.limits.clamp_(max=halfway)
                 slots.lengths.copy_(slots.limits)  # rows at rest: a step moves nothing
-                times = self.latency.measure([self.step(slots, shape, flags) for shape in every])
+                calls = [self.step(slots, shape, flags) for shape in every]
+                times = interleaved(calls, rounds=ROUNDS, repeat=REPEAT, gpu=self.core.device.type == "cuda")
             known = dict(zip(every, times, strict=True))
             self.latency.keep(key, known)
         return Measured({shape: known[shape] for shape in every})

@@ -8,10 +8,8 @@ import json
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -24,8 +22,6 @@ __all__ = ["Latency", "folder"]
 
 RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace))).encode()).hexdigest()[:16]
 """Of what chooses the kernels' tiles."""
-ROUNDS, REPEAT = 5, 4
-"""Times that each step is measured, all of them in turn, and steps between two looks at the clock."""
 
 
 def folder() -> Path:
@@ -80,25 +76,6 @@ class Latency:
         except OSError:
             pass
 
-    def measure(self, calls: Sequence[Callable[[], object]]) -> list[float]:
-        """Median seconds of each call, all of them in turn."""
-        found: list[list[float]] = [[] for _ in calls]
-        for turn in range(ROUNDS + 1):
-            for kept, call in zip(found, calls, strict=True):
-                _wait()
-                begin = time.perf_counter()
-                for _ in range(REPEAT):
-                    call()
-                _wait()
-                if turn:
-                    kept.append((time.perf_counter() - begin) / REPEAT)
-        return [median(each) for each in found]
-
 
 def _shape(drafts: int, proposals: int, masks: int, alternates: int) -> Shape:
     return Shape(int(drafts), int(proposals), int(masks), int(alternates))
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -38,7 +38,7 @@ __all__ = ["chain"]
 
 LAST = tl.constexpr(2**31 - 1)
 LEAST = tl.constexpr(-(2**31))  # below the order of any score
-BITS = tl.constexpr(22)  # a successor's word is its slot, and below it so many bits of its token
+BITS = tl.constexpr(22)  # a successor is its slot, below it so many bits of its token, and 32 of its odds
 TOKEN = tl.constexpr(2**22 - 1)
 TOGETHER = 4  # groups of a program, a warp each
 
@@ -65,6 +65,9 @@ def _shortlist(
     if chosen_rows is not None:
         at = tl.load(chosen_rows + row * tl.num_programs(1) + place).to(tl.int64) * base_row
     logits = base + at
+    if SAMPLING:  # asked for before it is needed, as all that follows a loop
+        heat, key = tl.load(temperature + row).to(tl.float32), tl.load(seed + row)
+        position = tl.load(lengths + row).to(tl.int64) + offset + place
     order = tl.full((TOGETHER, LANES), LEAST, tl.int32)
     token = dealt
     for start in tl.range(0, VOCAB, GROUPS * LANES, num_stages=4):
@@ -92,16 +95,14 @@ def _shortlist(
     tl.store(tokens + slot, chosen)
     tl.store(scores + slot, value)
     if SAMPLING:
-        heat = tl.load(temperature + row).to(tl.float32)
-        position = tl.load(lengths + row).to(tl.int64) + offset + place
-        bits = tl.reshape(words(tl.load(seed + row), position, chosen // 4), (TOGETHER * KEPT, 4))
+        bits = tl.reshape(words(key, position, chosen // 4), (TOGETHER * KEPT, 4))
         own = tl.arange(0, 4)[None, :] == (chosen % 4)[:, None]
         tl.store(noise + slot, heat * gumbel(tl.sum(tl.where(own, bits, 0), 1)))
 
 
 @triton.jit
 def _follow(
-    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, odds, choices, came_from,
+    state, first, made, chosen_rows, token_table, mix, tokens, scores, noise, following, choices, came_from,
     arrived, out, chances, state_row, state_place, first_row, made_row, made_place, out_row, out_place,
     chance_row, chance_place,
     PLACES: tl.constexpr, PLACES_UP: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
@@ -121,6 +122,7 @@ def _follow(
     if chosen_rows is not None:
         at_state = tl.load(chosen_rows + row * PLACES + place).to(tl.int64) * state_row
     state += at_state
+    sure = tl.load(made + row * made_row + place * made_place) == SURE
 
     acc = tl.zeros((ROWS, SLOTS), tl.float32)
     for d in range(0, WIDTH, DEPTH):
@@ -130,7 +132,6 @@ def _follow(
         gate = (gate * tl.sigmoid(gate)).to(weight.dtype)
         # Triton's default for float32 is tf32, which would choose other drafts than the twin.
         acc = tl.dot(gate, tl.trans(weight), acc, input_precision="ieee")
-    sure = tl.load(made + row * made_row + place * made_place) == SURE
     acc = tl.where(sure, 0.0, acc) + tl.load(scores + here + slot)[None, :]
     acc = tl.where(acc == acc, acc, float("-inf"))  # NaN would equal nothing
     peak = tl.minimum(tl.maximum(tl.max(acc, 1), FLOOR), -FLOOR)  # infinities from one another are NaN
@@ -141,8 +142,9 @@ def _follow(
     top = tl.max(acc, 1)
     word = (slot << BITS | token.to(tl.int32))[None, :]
     leading = tl.min(tl.where(acc == top[:, None], word, LAST), 1)
-    tl.store(following + here + line, leading)
-    tl.store(odds + here + line, top - peak - tl.log(mass))
+    odds = top - peak - tl.log(mass)
+    low = odds.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(following + here + line, leading.to(tl.int64) << 32 | low)
 
     if last_to_come(arrived + row, PLACES * (SLOTS // ROWS)):
         places, every = tl.arange(0, PLACES_UP), tl.arange(0, PLACES_UP * SLOTS)
@@ -152,21 +154,21 @@ def _follow(
         # Look-ups wait for one another. So all successors are read at once before, which brings them into the L1 cache.
         # None is negative: the walk starts at slot 0, and not before they are there.
         table = following + row * PLACES * SLOTS
-        at = tl.minimum(tl.max(tl.load(table + every, mask=every < PLACES * SLOTS, other=0)), 0)
-        walked, came = tl.zeros((PLACES_UP,), tl.int32), tl.zeros((PLACES_UP,), tl.int32)
+        at = tl.minimum(tl.max(tl.load(table + every, mask=every < PLACES * SLOTS, other=0)), 0).to(tl.int32)
+        walked, came = tl.zeros((PLACES_UP,), tl.int64), tl.zeros((PLACES_UP,), tl.int32)
         for j in range(PLACES):
-            next_word = tl.load(table + j * SLOTS + at)
-            walked = tl.where(places == j, next_word, walked)
+            successor = tl.load(table + j * SLOTS + at)
+            walked = tl.where(places == j, successor, walked)
             came = tl.where(places == j, at, came)
-            at = next_word >> BITS
-        draft = tl.where(kept, walked & TOKEN, 0).to(tl.int64)
+            at = (successor >> (32 + BITS)).to(tl.int32)
+        draft = tl.where(kept, walked >> 32 & TOKEN, 0)
         tl.store(out + row * out_row + places * out_place, draft, mask=real)
         if chances is not None:
-            lists = (row * PLACES + places) * SLOTS
-            odd = tl.load(odds + lists + came, mask=real & kept, other=float("-inf"), cache_modifier=".cg")
+            odd = walked.to(tl.int32).to(tl.float32, bitcast=True)
             if SAMPLING:  # how probable a draft is does not depend on its luck
-                odd -= tl.load(noise + lists + (walked >> BITS), mask=real, other=0.0)
-            chance = tl.where(kind == SURE, KNOWN, tl.exp(odd))
+                luck_at = (row * PLACES + places) * SLOTS + (walked >> (32 + BITS)).to(tl.int32)
+                odd -= tl.load(noise + luck_at, mask=real, other=0.0)
+            chance = tl.where(kind == SURE, KNOWN, tl.where(kept, tl.exp(odd), 0.0))
             tl.store(chances + row * chance_row + places * chance_place, chance, mask=real)
         if choices is not None:
             tl.store(came_from + row * PLACES + places, came, mask=real)
@@ -255,7 +257,7 @@ def chain(
     )  # fmt: skip
     fixed = sizes(places, tokens.shape[2], width, mix.element_size())
     _follow[tokens.shape[2] // fixed["ROWS"], places, count](
-        state, first, made.view(torch.int8), rows, token_table, mix, *lists, shortlists.following, shortlists.odds,
+        state, first, made.view(torch.int8), rows, token_table, mix, *lists, shortlists.following,
         shortlists.choices, shortlists.came, shortlists.arrived, out, chances, *state.stride()[:2], *first.stride(),
         *made.stride(), *out.stride(), *((0, 0) if chances is None else chances.stride()), SURE=SURE,
         KNOWN=KNOWN, SAMPLING=sampling, **fixed,

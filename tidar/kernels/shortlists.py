@@ -22,8 +22,8 @@ class Shortlists:
         tokens: (B, R, S) int32, the shortlists.
         scores: (B, R, S) float32, their logits without the transition.
         noise: (B, R, S) float32, noise times temperature; written if there is any.
-        following: (B, R, S) int32, the successor's slot and token for each token of the list before.
-        odds: (B, R, S) float32, the log of that successor's probability, with its noise on top.
+        following: (B, R, S) int64, the successor's slot and token for each token of the list before, and in its lower
+            half, as float32, the log of that successor's probability, with its noise on top.
         arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
         choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None. 4
             MiB a row of 16 drafts.
@@ -34,7 +34,6 @@ class Shortlists:
     scores: Tensor
     noise: Tensor
     following: Tensor
-    odds: Tensor
     arrived: Tensor
     choices: Tensor | None = None
     came: Tensor | None = None
@@ -49,12 +48,13 @@ class Shortlists:
         if min(rows, places) < 1:
             raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
         shape = rows, places, GROUPS * KEPT
-        tokens, following = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
-        scores, noise, odds = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
+        tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        scores, noise = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
+        following = torch.zeros(shape, dtype=torch.int64, device=device)
         arrived = torch.zeros(rows, dtype=torch.int32, device=device)
         choices = torch.zeros(*shape, shape[2], dtype=torch.float32, device=device) if ranked else None
         came = torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None
-        return cls(tokens, scores, noise, following, odds, arrived, choices, came)
+        return cls(tokens, scores, noise, following, arrived, choices, came)
 
     def forget(self) -> None:
         """All runners-up are token 0."""
