@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from picking import chances_for
+from test_transition import with_transition
 from torch import Tensor
 
 from tidar import layout
@@ -95,3 +96,33 @@ def test_what_it_does_not_do_is_refused(converted: Callable[[str], Path]) -> Non
     model.hf.config.hidden_act = "gelu"
     with pytest.raises(TidarError, match="activation 'gelu' has no fast path"):
         LeanModel(model, KERNELS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_head_and_gate_are_one_product(family: str, converted: Callable[[str], Path]) -> None:
+    """With tied weights and without; the kernels against the twins, which compute them apart."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = with_transition(converted(family), dtype="float32", device=device)
+    names = {name: weight.clone() for name, weight in model.named_parameters()}
+    plain, lean = LeanModel(model, KERNELS), LeanModel(model, ops.load(plain=False))
+    assert all(torch.equal(weight, names[name]) for name, weight in model.named_parameters())
+    assert model.transition is not None and isinstance(lean.head, Tensor)
+    shared = lean.head.untyped_storage().data_ptr()
+    assert model.transition.state.weight.untyped_storage().data_ptr() == shared
+    assert model.hf.get_output_embeddings().weight.untyped_storage().data_ptr() == shared
+    tied = model.hf.config.tie_word_embeddings
+    assert (lean.embedding.untyped_storage().data_ptr() == shared) == tied
+
+    def attend(number: int, layer: object, heads: Tensor) -> Tensor:
+        return heads[:, : lean.heads].reshape(len(heads), -1)
+
+    x = torch.randn(5, lean.embedding.shape[1], generator=torch.Generator().manual_seed(0)).to(device)
+    rows = torch.tensor([4, 0, 0], dtype=torch.int32, device=device)
+    with torch.inference_mode():
+        wanted, hidden = plain(x.clone(), attend), lean(x.clone(), attend)
+        for chosen in (None, rows):
+            logits, gates = lean.ends(hidden, chosen)
+            assert logits.untyped_storage().data_ptr() == gates.untyped_storage().data_ptr()
+            torch.testing.assert_close((logits, gates), plain.ends(wanted, chosen), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(lean.logits(hidden, chosen), logits, rtol=1e-4, atol=1e-5)

@@ -154,9 +154,13 @@ def test_a_norm_between_two_products(case: Case, tiles: ProductTiles | None) -> 
     given = case.tensors()
     x, rows, norm = given["x"].nan_to_num(1.0), given["rows"], given["norm"]
     a, weight = torch.randn(len(x), 32, device=DEVICE).to(case.dtype), torch.randn(case.depth, 32, device=DEVICE)
-    ready = products.linear_add(x, a, weight.to(case.dtype), norm=norm, tiles=SOME if tiles in (ONE, FEW) else FEW)
+    cut = SOME if tiles in (ONE, FEW) else FEW
+    ready = products.linear_add(x, a, weight.to(case.dtype), norm=norm, tiles=cut, twice=case.chosen)
     assert ready is not None and ready.squares is not None
     torch.testing.assert_close(ready.squares.sum(0), x.float().pow(2).sum(1))
+    assert (ready.weighed is None) != case.chosen
+    if ready.weighed is not None:
+        torch.testing.assert_close(ready.weighed.sum(0), ready.rows.float().pow(2).sum(1))
     kept, given = x.clone(), given | {"x": x}
     x_gone = given | {"x": torch.full_like(x, torch.nan)}  # cuBLAS cannot use what was left
     out = products.norm_linear(**(given if tiles is None else x_gone), ready=ready, tiles=tiles)
@@ -171,25 +175,37 @@ def test_a_norm_between_two_products(case: Case, tiles: ProductTiles | None) -> 
     assert agree(out, exact(twin.norm_linear, given | {"rows": rows}), case.dtype)
 
 
-@pytest.mark.parametrize("left", ["sums", "normed", "nothing"])
+@pytest.mark.parametrize("left", ["both", "sums", "normed", "nothing"])
 @pytest.mark.parametrize("tiles", [FEW, replace(FEW, splits=2), None], ids=["whole", "split", "cublas"])
 def test_a_norm_of_what_was_normed(tiles: ProductTiles | None, left: str) -> None:
-    """Whoever divides by the first norm's sums divides by its own too; others norm in a launch."""
+    """Of all features, or of the last ones beside those of one norm, by what the product before left; others norm in a
+    launch."""
     x, weight, gate = (torch.randn(*size, device=DEVICE) for size in ((37, 64), (64,), (20, 64)))
     weight *= 0.1  # what the first norm makes is small, so that the second one's epsilon counts
     given: dict[str, Any] = {"x": x, "norm": weight, "weight": gate, "eps": 1e-2, "again": 3e-2}
     wanted = exact(twin.norm_linear, given)
     once = exact(twin.norm_linear, given | {"again": None})
     assert not agree(once, wanted, torch.float32)
+    heavy = x * weight
+    sums, weighed = (each.pow(2).view(37, 2, 32).sum(2).T.contiguous() for each in (x, heavy))
     ready = {
-        "sums": Ready(x * weight, x.pow(2).sum(1)[None].contiguous()),
+        "both": Ready(heavy, sums, weighed),
+        "sums": Ready(heavy, sums),
         "normed": Ready(rowwise.norm(x, weight, eps=1e-2), None),
         "nothing": None,
     }[left]
-    assert agree(products.norm_linear(**given, ready=ready, tiles=tiles), wanted, torch.float32)
+    options: dict[str, Any] = given | {"ready": ready, "tiles": tiles}
     rows = torch.tensor([30, 2, 2, 0], dtype=torch.int32, device=DEVICE)
-    out = products.norm_linear(**given, ready=ready, tiles=tiles, rows=rows)
-    assert agree(out, wanted[rows.long()], torch.float32)
+    assert agree(products.norm_linear(**options), wanted, torch.float32)
+    assert agree(products.norm_linear(**options, rows=rows), wanted[rows.long()], torch.float32)
+    wanted = torch.cat([once[:, :7], wanted[:, 7:]], 1)
+    assert torch.equal(exact(twin.norm_linear, given | {"behind": 7}), wanted)
+    if left == "both" and tiles is not None:
+        assert agree(products.norm_linear(**options, behind=7), wanted, torch.float32)
+        assert agree(products.norm_linear(**options, behind=7, rows=rows), wanted[rows.long()], torch.float32)
+    else:
+        with pytest.raises(TidarError, match="twice=True"):
+            products.norm_linear(**options, behind=7)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -460,14 +476,16 @@ for rows in (1, 16, 32, 64, 256):
         split = plan.splits > 1
         into = name == "down"
         given = dict(squares=not add, rows=chosen, into=into, bias=name == "qkv", part=split, arrived=split)
-        given |= dict.fromkeys(("norm", "scaled", "squared"), add and not into)
+        given |= dict.fromkeys(("norm", "scaled", "squared", "weighed_squared"), add and not into)
+        given["weighed"] = chosen and rows > 1
         fixed |= dict.fromkeys([n for n in given if not given[n]]) | dict(scale=None)
-        fixed |= dict(ADD=add, TWICE=name == "head" and rows > 1, PDL=1 + (plan.rows < 64))
+        fixed |= dict(ADD=add, BEHIND=features - 256 if name == "head" else 0, PDL=1 + (plan.rows < 64))
         fixed |= dict(CHUNKS=0 if add else 96, HELD=1 if add else 128)
         names = product.arg_names
         types = dict.fromkeys(("x", "norm", "weight", "bias", "scaled"), "*bf16")
         types |= dict(rows="*i64", into="*i32", eps="fp32", again="fp32")
-        types |= dict.fromkeys(("squares", "squared", "part"), "*fp32") | dict(arrived="*i32")
+        types |= dict.fromkeys(("squares", "squared", "weighed", "weighed_squared", "part"), "*fp32")
+        types |= dict(arrived="*i32")
         types |= dict(out="*fp32" if name == "head" else "*bf16")
         types |= dict.fromkeys(fixed, "constexpr")
         if plan.tma:

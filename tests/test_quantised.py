@@ -160,9 +160,9 @@ for rows in (1, 16, 32, 64, 272):
         gates, add, chosen, split = name == "mlp", name in ("out", "down"), name == "head", plan.splits > 1
         fixed = plan.constants(depth, features // 2 if gates else features, 2, gates=gates)
         given = dict(squares=not add, rows=chosen, into=False, bias=name == "qkv", part=split, arrived=split)
-        given |= dict.fromkeys(("norm", "scaled", "squared"), add)
+        given |= dict.fromkeys(("norm", "scaled", "squared"), add) | dict(weighed=False, weighed_squared=False)
         fixed |= dict.fromkeys([n for n in given if not given[n]])
-        fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128, TWICE=False)
+        fixed |= dict(ADD=add, PDL=1 + (plan.rows < 64), CHUNKS=0 if add else 96, HELD=1 if add else 128, BEHIND=0)
         names = product.arg_names
         types = dict.fromkeys(("x", "norm", "bias", "scaled"), "*bf16") | dict(rows="*i64", eps="fp32", again="fp32")
         types |= dict.fromkeys(("squares", "squared", "part", "scale"), "*fp32") | dict(arrived="*i32")

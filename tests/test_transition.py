@@ -33,9 +33,11 @@ CPU = torch.device("cpu")
 PROMPTS = [list(b"def add(a, b):\n    return"), list(b"x"), list(b"import os\n")]
 
 
-def with_transition(folder: Path, *, seed: int = 0, strength: float = 1.0) -> CausalLM:
+def with_transition(
+    folder: Path, *, seed: int = 0, strength: float = 1.0, dtype: str = "float64", device: str = "cpu"
+) -> CausalLM:
     """One that bends every draft."""
-    model = load_model(folder, dtype="float64")
+    model = load_model(folder, dtype=dtype, device=device)
     model.add_transition(12).initialise(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     weight = model.transition.out.weight  # type: ignore[union-attr]

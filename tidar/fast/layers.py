@@ -17,7 +17,7 @@ from tidar.errors import TidarError
 from tidar.kernels.quantised import Quantised, Weight, joined
 from tidar.quantised import QuantisedLinear
 
-__all__ = ["Layer", "layer_of", "weight_of"]
+__all__ = ["Layer", "fused", "layer_of", "weight_of"]
 
 Linear = Any  # nn.Linear or QuantisedLinear
 
@@ -44,8 +44,8 @@ class Layer:
 def layer_of(layer: Any, window: int | None) -> Layer:
     """Of a Hugging Face layer, whose projections become views; ``window`` is its attention's."""
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _fused([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up, gate_up_bias = _fused([mlp.gate_proj, mlp.up_proj])
+    qkv, qkv_bias = fused([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up, gate_up_bias = fused([mlp.gate_proj, mlp.up_proj])
     return Layer(
         norm=layer.input_layernorm.weight.detach(),
         qkv=qkv,
@@ -80,7 +80,7 @@ def _bias(part: Linear) -> Tensor | None:
 
 
 @torch.no_grad()
-def _fused(parts: list[Linear]) -> tuple[Weight, Tensor | None]:
+def fused(parts: list[Linear]) -> tuple[Weight, Tensor | None]:
     """Weight and bias of several projections of the same input as one; the parts become views of it."""
     weight = joined([weight_of(part) for part in parts])
     biases = [part.bias.detach() for part in parts if part.bias is not None]

@@ -20,7 +20,7 @@ from torch.nn.functional import linear, rms_norm
 
 from tidar.errors import TidarError
 from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks, Pair
-from tidar.fast.layers import Layer, layer_of, weight_of
+from tidar.fast.layers import Layer, fused, layer_of, weight_of
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
 from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready
@@ -102,9 +102,13 @@ class LeanModel:
         windows = [getattr(a, "sliding_window", common) for a in attentions]
         self.layers = [layer_of(layer, window) for layer, window in zip(body.layers, windows, strict=True)]
         self.adapted = [Adapted.of(core.adapters, layer) for layer in body.layers]
-        self.embedding: Tensor = body.embed_tokens.weight.detach()
         self.norm: Tensor = body.norm.weight.detach()
         self.head = weight_of(hf.get_output_embeddings())
+        self._ends: Weight | None = None  # the head, and behind it the transition's gate
+        if core.transition is not None and isinstance(self.head, Tensor):
+            self._ends, _ = fused([hf.get_output_embeddings(), core.transition.state])
+            self.head = weight_of(hf.get_output_embeddings())
+        self.embedding: Tensor = body.embed_tokens.weight.detach()  # which may be the head
 
     @torch.no_grad()
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -115,9 +119,9 @@ class LeanModel:
         return cos[0].contiguous(), sin[0].contiguous()
 
     @torch.no_grad()
-    def transition(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What drafting with the core's transition needs: its gate's weight (W, D), what each token before brings to
-        the gate (V, W), and what the gate brings to each token's logit (V, W)."""
+    def transition(self) -> tuple[Tensor, Tensor] | None:
+        """What drafting with the core's transition needs beside `ends`: what each token before brings to the gate
+        (V, W), and what the gate brings to each token's logit (V, W)."""
         made = self.core.transition
         if made is None:
             return None
@@ -126,7 +130,7 @@ class LeanModel:
         head = self.head.dequantised(wide) if isinstance(self.head, Quantised) else self.head.to(wide)
         mix = linear(head, made.out.weight.to(wide).T)
         brought = linear(table, made.token.weight.to(wide))
-        return made.state.weight.detach(), brought.to(self.embedding.dtype), mix.to(self.embedding.dtype)
+        return brought.to(self.embedding.dtype), mix.to(self.embedding.dtype)
 
     def __call__(self, x: Tensor, attend: Attend, masks: Masks = NOWHERE) -> Hidden:
         """Last hidden states of embeddings ``x`` (N, D), which are overwritten; adapters act on ``masks``."""
@@ -175,7 +179,8 @@ class LeanModel:
                 masks.rest(gated).copy_(masks.rest(self._ops.norm_gated(*given, **options)))
         self._adapt(pairs.down, x, gated, masks)
         norm = self.layers[number + 1].norm if number + 1 < len(self.layers) else self.norm
-        return self._add(x, gated, layer.down, layer.down_bias, norm)
+        twice = self._ends is not None and number + 1 == len(self.layers)
+        return self._add(x, gated, layer.down, layer.down_bias, norm, twice=twice)
 
     def _adapt(
         self,
@@ -199,32 +204,45 @@ class LeanModel:
         else:
             self._ops.linear_add(out, inner, pair.up, into=rows, tiles=tiles)
 
-    def _add(self, x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor) -> Ready | None:
-        """``x += a · weightᵀ + bias``; what is left for the norm of the sum."""
+    def _add(
+        self, x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor, *, twice: bool = False
+    ) -> Ready | None:
+        """``x += a · weightᵀ + bias``; what is left for the norm of the sum, and for a second one behind it."""
         tiles = self._cut(weight, x, len(x))
         if tiles is None:
             left: Ready | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
         else:
-            left = self._ops.linear_add(x, a, weight, bias, norm, tiles=tiles)
+            left = self._ops.linear_add(x, a, weight, bias, norm, tiles=tiles, twice=twice)
         return left
 
     def logits(self, hidden: Hidden, rows: Tensor | None) -> Tensor:
         """Logits (R, V) float32 (float64 of a float64 model) of the chosen ``rows`` (R,) int32, or of all."""
         return self._wide(hidden, self.head, rows)
 
-    def gates(self, hidden: Hidden, rows: Tensor | None, gate: Tensor) -> Tensor:
-        """What a transition's ``gate`` (W, D) takes from the chosen rows (R, W), in the dtype of `logits`."""
+    def ends(self, hidden: Hidden, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`logits` (R, V) of a model with a transition, and what its gate takes from the same rows (R, W), in the same
+        dtype; one product, if that can be."""
         # The transition norms what it takes once more, without weights (`tidar.transition`).
-        return self._wide(hidden, gate, rows, again=float(torch.finfo(hidden.x.dtype).eps))
+        x, ready = hidden
+        again, both, vocab = float(torch.finfo(x.dtype).eps), self._ends, len(self.head)
+        prepared = both is not None and ready is not None and ready.weighed is not None
+        if both is not None and prepared and self._cut(both, x, len(x if rows is None else rows)):
+            made = self._wide(hidden, both, rows, again=again, behind=vocab)
+            return made[:, :vocab], made[:, vocab:]
+        assert self.core.transition is not None
+        gate = self.core.transition.state.weight.detach()
+        return self.logits(hidden, rows), self._wide(hidden, gate, rows, again=again)
 
-    def _wide(self, hidden: Hidden, weight: Weight, rows: Tensor | None, again: float | None = None) -> Tensor:
-        """A product (R, F) of chosen rows, normed, in float32 at least."""
+    def _wide(
+        self, hidden: Hidden, weight: Weight, rows: Tensor | None, again: float | None = None, behind: int = 0
+    ) -> Tensor:
+        """A product (R, F) of chosen rows, normed, and from feature ``behind`` on normed ``again``, in float32 at
+        least."""
         x, ready = hidden
         count = len(x if rows is None else rows)
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        given = x, self.norm, weight
-        options = {"eps": self.eps, "rows": rows, "tiles": self._cut(weight, x, count), "ready": ready, "again": again}
-        made: Tensor = self._ops.norm_linear(*given, out=out, **options)
+        options = {"eps": self.eps, "rows": rows, "tiles": self._cut(weight, x, count), "ready": ready}
+        made: Tensor = self._ops.norm_linear(x, self.norm, weight, out=out, again=again, behind=behind, **options)
         return made
 
     def _cut(self, weight: Weight, x: Tensor, count: int) -> ProductTiles | None:

@@ -8,6 +8,7 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,10 @@ class Network:
         """Of the chosen hidden states (B, R, V), rows (B, R) int32."""
         return self.lean.logits(hidden, rows.view(-1)).view(*rows.shape, -1)
 
+    def ends(self, hidden: Hidden) -> Sequence[Tensor]:
+        """Logits (N, V) of all hidden states, and if there is a transition what its gate takes from them (N, W)."""
+        return (self.lean.logits(hidden, None),) if self.transition is None else self.lean.ends(hidden, None)
+
     def sample(self, logits: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None = None) -> Tensor:
         """Tokens (B, R) of their logits (B, R, V), the first one ``first`` behind the rows' lengths."""
         sampled: Tensor = self.ops.sample(
@@ -141,21 +146,21 @@ class Network:
         made: Tensor,
         slots: Slots,
         flags: Flags,
-        every: Tensor | None = None,
+        every: Sequence[Tensor] | None = None,
         alternates: int = 0,
     ) -> None:
         """Choose the drafts behind the certain tokens from the hidden states ``x[states]``, both (B, M - 1), of masks
         or alternates as ``made`` says (`tidar.kernels.accept.accept`). With ``alternates``, as many of each can be told
         afterwards from `lists`.
 
-        A draft that nobody made is token 0: any draft is exact. ``every`` (N, V) are the logits of all hidden states,
-        if they are known.
+        A draft that nobody made is token 0: any draft is exact. ``every`` are the `ends` of all hidden states, if they
+        are known.
         """
         places = slice(1, 1 + states.shape[1])
         drafts, chances = slots.drafts[:, places], slots.chances[:, places]
         lists = self.lists(slots, states.shape[1], ranked=alternates > 0)
         if self.transition is None:
-            logits = self.logits(hidden, states) if every is None else every[states]
+            logits = self.logits(hidden, states) if every is None else every[0][states]
             chosen, there = self.sample(logits, slots, flags, first=1), made != 0
             logits = logits.masked_fill(self.suppressed, -torch.inf)
             drafts.copy_(chosen * there)
@@ -164,14 +169,12 @@ class Network:
                 named = logits.scatter(2, chosen[..., None], -torch.inf).topk(alternates).indices
                 lists.tokens[:, :, :alternates] = named
             return
-        lean, ops = self.lean, self.ops
-        gate, table, mix = self.transition
+        table, mix = self.transition
         if every is None:
-            base, picked = self.logits(hidden, states), None
-            state = lean.gates(hidden, states.view(-1), gate).view(*states.shape, -1)
+            base, state = (made.view(*states.shape, -1) for made in self.lean.ends(hidden, states.view(-1)))
         else:
-            base, picked, state = every, states, lean.gates(hidden, None, gate)
-        ops.chain(
+            base, state = every
+        self.ops.chain(
             base,
             state,
             slots.drafts[:, 0],
@@ -184,7 +187,7 @@ class Network:
             lengths=slots.lengths,
             offset=1,
             sampling=flags.sampling,
-            rows=picked,
+            rows=None if every is None else states,
             out=drafts,
             chances=chances,
             shortlists=lists,
@@ -244,8 +247,8 @@ class Step:
         every = None
         # A head that takes chosen rows is another program, which may round otherwise: not where bits count.
         if drafting and len(hidden.x) <= AT_ONCE and not network.lean.deterministic:
-            every = network.lean.logits(hidden, None)
-            logits = every.view(slots.rows, self.shape.queries, -1)[:, :k]
+            every = network.ends(hidden)
+            logits = every[0].view(slots.rows, self.shape.queries, -1)[:, :k]
         else:
             logits = network.logits(hidden, self._verify)
         sampled = network.sample(logits, slots, flags, first=1, drafts=slots.drafts[:, :k])

@@ -71,18 +71,19 @@ def _total(acc, ROWS: tl.constexpr, SLICES: tl.constexpr, TURNED: tl.constexpr):
 # and sums over them formed in another order.
 @triton.jit(do_not_specialize=["count", "squares_row"])
 def product(
-    x, rows, into, squares, weight, scale, bias, out, norm, scaled, squared, part, arrived, count, eps, again,
-    x_row, squares_row, out_row,
+    x, rows, into, squares, weighed, weight, scale, bias, out, norm, scaled, squared, weighed_squared, part, arrived,
+    count, eps, again, x_row, squares_row, out_row,
     D: tl.constexpr, F: tl.constexpr, GATES: tl.constexpr, ADD: tl.constexpr, CHUNKS: tl.constexpr, HELD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    TWICE: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BEHIND: tl.constexpr, SPLITS: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of rows and columns. Row tiles of the same columns run side by side, so a weight is read once.
 
     With ``TMA``, x and weight are descriptors of (N, D) and of (F, 1 or 2 if there are gates, D). ``squares`` are
     CHUNKS sums for each row of x, HELD the power of 2 that holds them; ``scaled`` and ``squared`` are left for the
     product behind. ``scale`` is a quantised weight's. ``rows`` are taken from x, ``into`` are those of the result.
-    TWICE normed: what the norm makes of x is normed again, without weights, by the epsilon ``again``.
+    Columns from BEHIND on are of what the norm makes of x normed again, without weights, by the epsilon ``again``;
+    ``weighed`` are the sums of squares of what this norm is of, and ``weighed_squared`` are left of them.
     """
     HALVES: tl.constexpr = 2 if GATES else 1
     TAKEN: tl.constexpr = COLS // HALVES
@@ -111,13 +112,16 @@ def product(
         sums = squares + chunk[:, None] * squares_row + chosen[None, :]
         sums = tl.load(sums, mask=(chunk < CHUNKS)[:, None] & real[None, :], other=0.0)
         inverse = tl.rsqrt(tl.sum(sums, 0) / D + eps)
+    if weighed is not None:
+        sums = weighed + chunk[:, None] * squares_row + chosen[None, :]
+        sums = tl.load(sums, mask=(chunk < CHUNKS)[:, None] & real[None, :], other=0.0)
+        twice = tl.rsqrt(tl.sum(sums, 0) / D + again / (inverse * inverse))
     start, end = 0, D
     if SPLITS > 1:
         SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
         start = tl.program_id(2) * SHARE
         end = tl.minimum(start + SHARE, D)
     acc = _sums(ROWS, COLS, DEPTH, SLICES, TURNED)
-    own = tl.zeros((ROWS,), tl.float32)
 
     for d in tl.range(start, end, DEPTH, num_stages=STAGES):
         if TMA:
@@ -127,8 +131,6 @@ def product(
             taken = tl.load(x_at + d, mask=real[:, None], other=0.0)
             w = tl.load(w_at + d)
         acc = _accumulate(acc, taken, w, SLICES, TURNED)
-        if TWICE:
-            own += tl.sum(taken.to(tl.float32) * taken.to(tl.float32), 1)
 
     release(PDL)
     acc = _total(acc, ROWS, SLICES, TURNED)
@@ -144,9 +146,9 @@ def product(
             acc += tl.load(shares + split * (ROWS * COLS), cache_modifier=".cg")
     if scale is not None:
         acc *= tl.load(scale + w_row)[None, :]
-    if TWICE:
-        inverse = tl.rsqrt(own / D + again / (inverse * inverse))
-    if squares is not None:
+    if weighed is not None:
+        acc *= tl.where((w_row >= BEHIND)[None, :], twice[:, None], inverse[:, None])
+    elif squares is not None:
         acc *= inverse[:, None]
     if bias is not None:
         acc += tl.load(bias + w_row).to(tl.float32)[None, :]
@@ -165,7 +167,11 @@ def product(
     tl.store(place, narrow, mask=inside)
     if norm is not None:
         wide = tl.where(inside, narrow.to(tl.float32), 0.0)  # as it was rounded: all see one residual stream
-        weighed = wide * tl.load(norm + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
-        place = scaled + at.to(tl.int64)[:, None] * F + column[None, :]
-        tl.store(place, weighed.to(scaled.dtype.element_ty), mask=inside)
-        tl.store(squared + tl.program_id(1) * count + at, tl.sum(wide * wide, 1), mask=real)
+        heavy = wide * tl.load(norm + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+        heavy = heavy.to(scaled.dtype.element_ty)
+        tl.store(scaled + at.to(tl.int64)[:, None] * F + column[None, :], heavy, mask=inside)
+        mine = tl.program_id(1) * count + at
+        tl.store(squared + mine, tl.sum(wide * wide, 1), mask=real)
+        if weighed_squared is not None:
+            wide = heavy.to(tl.float32)  # as it was rounded, too
+            tl.store(weighed_squared + mine, tl.sum(wide * wide, 1), mask=real)

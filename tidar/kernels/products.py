@@ -56,6 +56,7 @@ def norm_linear(
     tiles: ProductTiles | None = None,
     ready: Ready | None = None,
     again: float | None = None,
+    behind: int = 0,
 ) -> Tensor:
     """``rmsnorm(x[rows]) · weightᵀ + bias``, summed in float32 and rounded once.
 
@@ -71,6 +72,8 @@ def norm_linear(
         ready: of this x and norm, by `linear_add`, `norm` or `tidar.kernels.residual.linear_add_norm`; without, the
             norm is a launch of its own.
         again: epsilon of a second norm, without weights, of what the first one makes; none by default.
+        behind: the second norm is for features from here on; those before are of the first alone. Above 0 only with
+            tiles, and with ``ready`` of a `linear_add` that was told so.
 
     Returns:
         ``out``.
@@ -80,14 +83,17 @@ def norm_linear(
     """
     check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
     out = result(x, rows, weight.shape[0]) if out is None else out
-    twice = again is not None and (tiles is None or tiles.splits > 1 or ready is None or ready.squares is None)
-    x, squares, rows = _prepared(x, norm, eps, rows, ready, None if twice else tiles)
-    if twice:  # a program knows the sums of squares of rows that it sees whole
+    weighed = None if ready is None or tiles is None or again is None else ready.weighed
+    apart = again is not None and weighed is None
+    if apart and behind > 0:
+        raise TidarError("a second norm of some features needs what linear_add leaves with twice=True, and tiles")
+    x, squares, rows = _prepared(x, norm, eps, rows, ready, None if apart else tiles)
+    if apart:
         assert again is not None
-        x, again = rms_norm(x, torch.ones_like(x[0]), eps=again), None
+        x = rms_norm(x, torch.ones_like(x[0]), eps=again)
     if tiles is None:
         return cublas(x, weight, bias, out)
-    _launch(x, squares, weight, bias, out, eps, rows, tiles, again=again)
+    _launch(x, squares, weight, bias, out, eps, rows, tiles, weighed=weighed, again=again or 0.0, behind=behind)
     return out
 
 
@@ -101,6 +107,7 @@ def linear_add(
     *,
     into: Tensor | None = None,
     tiles: ProductTiles,
+    twice: bool = False,
 ) -> Ready | None:
     """``x += a · weightᵀ + bias`` in place, the sum formed in float32 and rounded once.
 
@@ -112,6 +119,7 @@ def linear_add(
         norm: (F,), weights of the norm that reads x next. In float16, x · norm must not overflow.
         into: (N,) int32 or int64, the rows of x to add to, each at most once, and no norm; all by default.
         tiles: how to cut it up; for cuBLAS there is `tidar.kernels.residual.linear_add_norm`.
+        twice: whether what the norm makes may be normed a second time (``again`` of `norm_linear`).
 
     Returns:
         What that norm needs, or None without ``norm``.
@@ -124,7 +132,7 @@ def linear_add(
         return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True, into=into)
     if norm.shape != weight.shape[:1] or norm.dtype != a.dtype:
         raise TidarError(f"norm must be ({len(weight)},) {a.dtype}, not {tuple(norm.shape)} {norm.dtype}")
-    return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True, norm=norm)
+    return _launch(a, None, weight, bias, x, 0.0, None, tiles, add=True, norm=norm, twice=twice)
 
 
 @torch.no_grad()
@@ -166,7 +174,7 @@ def _prepared(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What a product multiplies: rows, the sums of squares to divide them by, and which rows to take."""
     if ready is not None and (ready.squares is None or tiles is not None):
-        x, squares = ready
+        x, squares = ready.rows, ready.squares
     elif norm is not None:
         return rms_norm(x, norm, eps=eps, rows=rows), None, None
     else:
@@ -190,8 +198,11 @@ def _launch(
     gates: bool = False,
     add: bool = False,
     norm: Tensor | None = None,
+    twice: bool = False,
     into: Tensor | None = None,
-    again: float | None = None,
+    weighed: Tensor | None = None,
+    again: float = 0.0,
+    behind: int = 0,
 ) -> Ready | None:
     if rows is not None:
         tiles = replace(tiles, tma=False)  # it brings neighbours
@@ -211,18 +222,19 @@ def _launch(
         raise TidarError("the tensor memory accelerator brings no quantised weights: use tiles without tma")
     given = _descriptors(x, held, sizes) if tiles.tma else (x, held)
     chunks, squares_row = (0, 0) if squares is None else squares.shape
-    scaled = squared = None
+    scaled = squared = left = None
     if norm is not None:
         scaled = torch.empty(out.shape, dtype=x.dtype, device=x.device)
-        squared = torch.empty(grid[1], count, dtype=torch.float32, device=x.device)
+        squared, *others = torch.empty(1 + twice, grid[1], count, dtype=torch.float32, device=x.device)
+        left = others[0] if twice else None
     product[grid](
-        given[0], rows, into, squares, given[1], scale, bias, out, norm, scaled, squared, part, arrived, count, eps,
-        again or 0.0, x.stride(0), squares_row, out.stride(0), TWICE=again is not None, ADD=add,
+        given[0], rows, into, squares, weighed, given[1], scale, bias, out, norm, scaled, squared, left, part, arrived,
+        count, eps, again, x.stride(0), squares_row, out.stride(0), BEHIND=behind, ADD=add,
         CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
         **options(x.device, late=tiles.rows < 64),
     )  # fmt: skip
-    return None if scaled is None else Ready(scaled, squared)
+    return None if scaled is None else Ready(scaled, squared, left)
 
 
 def _descriptors(x: Tensor, weight: Tensor, sizes: dict[str, int]) -> tuple[TensorDescriptor, TensorDescriptor]:

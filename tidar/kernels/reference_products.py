@@ -37,10 +37,12 @@ class Ready(NamedTuple):
         rows: (M, D), x times the norm's weight; with all rows divided by their root mean square if there are no
             ``squares``.
         squares: (C, M) float32 contiguous, sums of squares of x by chunks of its columns.
+        weighed: the same of x times the norm's weight, for a second norm of what the first one makes.
     """
 
     rows: Tensor
     squares: Tensor | None
+    weighed: Tensor | None = None
 
 
 def norm_linear(
@@ -55,13 +57,15 @@ def norm_linear(
     tiles: object = None,
     ready: object = None,
     again: float | None = None,
+    behind: int = 0,
 ) -> Tensor:
     """A product of normalised rows; arguments as `tidar.kernels.products.norm_linear`, tiles and ready are not read."""
     check_product(x, norm, weight, bias, eps, rows, out, weight.shape[0])
     wide = _normed(x, norm, eps, rows)
+    made = _linear(wide, weight, bias)
     if again is not None:
-        wide = _normed(wide, torch.ones_like(wide[0]), again, None)
-    return _into(out, _linear(wide, weight, bias), x)
+        made[:, behind:] = _linear(_normed(wide, torch.ones_like(wide[0]), again, None), weight, bias)[:, behind:]
+    return _into(out, made, x)
 
 
 def linear_add(
@@ -73,8 +77,9 @@ def linear_add(
     *,
     into: Tensor | None = None,
     tiles: object = None,
+    twice: bool = False,
 ) -> None:
-    """A product added in place; arguments as `tidar.kernels.products.linear_add`, norm and tiles are not read."""
+    """A product added in place; as `tidar.kernels.products.linear_add`, of which norm, tiles and twice are not read."""
     check_add(x, a, weight, bias, norm, into)
     rows = slice(None) if into is None else into.long()
     x[rows] = (x[rows] + _linear(_normed(a, None, 0.0, None), weight, bias)).to(x.dtype)
