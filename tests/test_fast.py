@@ -78,6 +78,32 @@ class Restless(Fixed):
             assert behind == 0 or shape.proposals < shape.drafts
 
 
+class Listening(Fixed):
+    """Counts the steps it was told of."""
+
+    told, closed = 0, False
+
+    def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
+        assert not self.closed
+        self.told += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_every_step_is_learnt_from(engine: Engine) -> None:
+    """Those whose tokens were read, the last one too."""
+    policy = Listening(4, 3)
+    decoder = FastDecoder(engine, policy)
+    generation.generate(engine.core, PROMPTS, params(), _once(decoder), len(PROMPTS))
+    assert policy.closed and policy.told == decoder.forwards - 1 > 3, "one is the prompts'"
+    policy = Listening(4, 3)
+    chunks = generation.stream(engine.core, PROMPTS[:1], params()[:1], lambda: FastDecoder(engine, policy), 1)
+    next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    assert policy.closed
+
+
 def _once(decoder: FastDecoder) -> Callable[[], FastDecoder]:
     return lambda: decoder
 

@@ -409,6 +409,53 @@ def came(shape: Shape, chance: random.Random) -> Outcome:
     return Outcome([n], [behind], [chance.randrange(shape.drafts)], [met])
 
 
+class Told(Acceptance):
+    """Notes what it was told, row after row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[tuple[Any, ...]]] = {"update": [], "placed": [], "tried": []}
+
+    def update(self, kinds: Any, counts: Any, accepted: Any, sure: Any = None, steps: int = 1) -> None:
+        self.rows["update"] += zip(*(each.tolist() for each in (kinds, counts, accepted, sure)), strict=True)
+        super().update(kinds, counts, accepted, sure, steps)
+
+    def placed(self, outcomes: Any, places: Any, steps: int = 1) -> None:
+        self.rows["placed"] += zip(outcomes.tolist(), places.tolist(), strict=True)
+        super().placed(outcomes, places, steps)
+
+    def tried(self, alternates: int, met: Any, steps: int = 1) -> None:
+        self.rows["tried"] += [(alternates, each) for each in met.tolist()]
+        super().tried(alternates, met, steps)
+
+
+@pytest.mark.parametrize("every", [2, 8, 100])
+def test_steps_learnt_from_together_teach_the_same(every: int) -> None:
+    """To the last one; and plans are looked at between."""
+    chance = random.Random(every)
+    some = [Shape(8, 3, 8, 4), Shape(8, 7, 8), Shape(1, 1, 8), Shape(8, 2, 8, 2), Shape(1, 0, 1), Shape(4, 0, 4)]
+    steps: list[tuple[Shape, Outcome]] = []
+    for shape in (chance.choice(some) for _ in range(4 * REPLAN + 3)):
+        rows = [came(shape, chance) for _ in range(3)]
+        steps.append((shape, Outcome(*([one[0] for one in each] for each in zip(*rows, strict=True)))))
+    found = []
+    for count in (1, every):
+        told = Told()
+        policy = Planning(8, acceptance=told, every=count)
+        policy.open(3)
+        policy.begin(lambda _: Measured({shape: 1 + shape.queries / 99 for plan in few(8) for shape in shapes(plan)}))
+        policy.plan = AR
+        for number, (shape, outcome) in enumerate(steps):
+            if number == 2 * REPLAN:
+                policy.select([0, 1, 2])
+            policy.learn(shape, outcome)
+        policy.close()
+        found.append({name: sorted(rows) if name == "tried" else rows for name, rows in told.rows.items()})
+        assert policy.plan != AR
+    assert found[0] == found[1]
+    assert all(found[0].values())
+
+
 def test_only_what_is_ready_is_asked_for() -> None:
     """A change of plan goes through steps that were measured, whatever drafts are at hand."""
     plans = list(few(16))

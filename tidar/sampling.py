@@ -204,13 +204,15 @@ def sample(scores: Tensor, params: RowParams, positions_BR: Tensor, *, stream: i
 
 def runners_up(scores: Tensor, params: RowParams, positions_BR: Tensor | None, chosen_BR: Tensor, count: int) -> Tensor:
     """(B, R, count) int64: after ``chosen``, the tokens of the highest scores (B, R, V); with positions, with the noise
-    of `sample`."""
+    of `sample`. Token 0 behind the end of a small vocabulary."""
     if count == 0:
         return chosen_BR.new_zeros(*chosen_BR.shape, 0)
     if params.any_sampling and positions_BR is not None:
         noise = gumbel(params.seed, positions_BR, scores.shape[-1], stream=SAMPLE)
         scores = scores + noise * (params.temperature > 0)[:, None, None]
-    return scores.scatter(2, chosen_BR[..., None], -torch.inf).topk(count).indices
+    there = min(count, scores.shape[-1] - 1)
+    best = scores.scatter(2, chosen_BR[..., None], -torch.inf).topk(there).indices
+    return torch.nn.functional.pad(best, (0, count - there))
 
 
 def accept_matching(sampled_BK: Tensor, drafts_BK: Tensor) -> Tensor:

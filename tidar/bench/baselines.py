@@ -59,6 +59,9 @@ class HuggingFace:
     def select(self, rows: list[int]) -> None:
         assert list(rows) == [0], "one prompt at a time"
 
+    def close(self) -> None:
+        pass
+
     def _generate(self, prompt: list[int], count: int) -> list[int]:
         each = self._params
         sampled = {"do_sample": True, "temperature": each.temperature, "top_p": each.top_p, "top_k": 0}

@@ -87,6 +87,7 @@ def decode(
             outcome.accepted.update(map(len, new))
         outcome.seconds.append(time.perf_counter() - begin)
         torch.cuda.synchronize()  # steps launched in vain must not run into the next one's time
+        decoder.close()
     room = [each.max_new_tokens for each in params]
     outcome.steps.append(decoder.forwards - before)
     outcome.tokens.append(sum(room) - len(room))

@@ -42,6 +42,10 @@ class Decoder(Protocol):
         """Drop all rows but these."""
         ...
 
+    def close(self) -> None:
+        """No step will follow: what the last ones taught is kept."""
+        ...
+
     @property
     def forwards(self) -> int:
         """Forwards run since the rows were taken, prefill included."""
@@ -54,6 +58,9 @@ class Rows:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         self.forwards = 0
+
+    def close(self) -> None:
+        """Every step has been learnt from."""
 
     def open(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], masks: int) -> Tensor:
         """Prefill the prompts; return hidden states (B, 1 + masks, D) of their last tokens and the masks after them."""

@@ -124,6 +124,13 @@ def stream(
 
 
 def _decode(model: CausalLM, rows: list[_Row], prompts: list[Sequence[int]], decoder: Decoder) -> Iterator[Chunk]:
+    try:
+        yield from _steps(model, rows, prompts, decoder)
+    finally:  # also when the consumer wants no more
+        decoder.close()
+
+
+def _steps(model: CausalLM, rows: list[_Row], prompts: list[Sequence[int]], decoder: Decoder) -> Iterator[Chunk]:
     # A generator must not keep inference mode on while its consumer runs.
     with torch.inference_mode():
         certain = decoder.prefill(prompts, [row.params for row in rows])

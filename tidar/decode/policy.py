@@ -49,6 +49,10 @@ class Policy(Protocol):
         """Drop all rows but these."""
         ...
 
+    def close(self) -> None:
+        """Learn from what has not been learnt from yet: no step will follow."""
+        ...
+
 
 class Fixed:
     """TiDAR's one forward: always the same draft length, proposals and alternates.
@@ -75,6 +79,9 @@ class Fixed:
         pass
 
     def select(self, rows: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -140,7 +147,7 @@ class Planning:
         self._sure = np.zeros(0, dtype=np.bool_)  # whether the first draft is what an alternate said
 
     def open(self, rows: int) -> int:
-        self._take()
+        self._came.clear()
         self._new = True
         self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
         self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
@@ -189,14 +196,15 @@ class Planning:
         rows = list(rows)
         self._behind, self._unlikely, self._sure = self._behind[rows], self._unlikely[rows], self._sure[rows]
 
+    def close(self) -> None:
+        self._take()
+
     def _take(self) -> None:
         """Learn from the steps that came; S of them, B rows."""
         if not self._came:
             return
-        shapes, (n, behind, places, met) = (
-            [s for s, _ in self._came],
-            np.array([o for _, o in self._came]).swapaxes(0, 1),
-        )
+        shapes = [shape for shape, _ in self._came]
+        n, behind, places, met = np.array([outcome for _, outcome in self._came]).swapaxes(0, 1)
         steps = len(shapes)
         self._came.clear()
         drafts = np.array([shape.drafts for shape in shapes])[:, None]

@@ -96,6 +96,10 @@ class FastDecoder:
             self._policy.learn(*self._untold)
             self._untold = None
 
+    def close(self) -> None:
+        self._learn()
+        self._policy.close()
+
     def select(self, rows: list[int]) -> None:
         self._learn()
         self._rows, self._halfways = [self._rows[r] for r in rows], [self._halfways[r] for r in rows]

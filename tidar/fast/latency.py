@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from tidar.decode.plan import Shape
+from tidar.fast import timing
 from tidar.kernels import product_tiles, workspace
 from tidar.model import CausalLM
 from tidar.provenance import versions
 
 __all__ = ["Latency", "folder"]
 
-RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace))).encode()).hexdigest()[:16]
-"""Of what chooses the kernels' tiles."""
+RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace, timing))).encode()).hexdigest()[:16]
+"""Of what chooses the kernels' tiles, and of how time is taken."""
 
 
 def folder() -> Path:

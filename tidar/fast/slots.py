@@ -122,10 +122,11 @@ class Slots:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Steps inside leave no trace but in pages behind the rows' lengths and in `Lists`."""
+        """Steps inside leave no trace but in pages behind the rows' lengths; `Lists` are empty afterwards."""
         held = [tensor.clone() for tensor in self._state]
         try:
             yield
         finally:
             for tensor, before in zip(self._state, held, strict=True):
                 tensor.copy_(before)
+            self._forget()

@@ -166,8 +166,8 @@ class Network:
             drafts.copy_(chosen * there)
             chances.copy_((chance(logits, chosen) * there).masked_fill(made == SURE, KNOWN))
             if alternates:  # without their noise, which would be made for the whole vocabulary
-                named = logits.scatter(2, chosen[..., None], -torch.inf).topk(alternates).indices
-                lists.tokens[:, :, :alternates] = named
+                count = min(alternates, logits.shape[2] - 1)
+                lists.tokens[:, :, :count] = logits.scatter_(2, chosen[..., None], -torch.inf).topk(count).indices
             return
         table, mix = self.transition
         if every is None:
