@@ -33,6 +33,7 @@ from tidar.kernels import reference_step as plain
 from tidar.kernels.reference_step import SURE, Picking, Runners
 from tidar.model import CausalLM
 from tidar.proposals import KNOWN
+from tidar.sampling import RowParams, runners_up
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -192,6 +193,9 @@ def test_runners_up_by_hand() -> None:
         found = Runners(tokens, scores, torch.tensor([[came]], dtype=torch.int32)).best(2)
         assert found.tolist() == [[wanted]]
     assert Runners(tokens).best(2).tolist() == [[[70, 80]]]
+    params = RowParams.of([SamplingParams()], device=torch.device("cpu"))
+    named = runners_up(torch.tensor([[[1.0, 5.0, 3.0]]]), params, None, torch.tensor([[1]]), 4)
+    assert named.tolist() == [[[2, 0, 0, 0]]], "a small vocabulary has no more"
 
 
 def test_accept_by_hand() -> None:

@@ -319,7 +319,8 @@ MODELS = {
 }
 
 
-# Fastest of what was measured in bfloat16 on an H200, as rows, columns, depth, warps and stages; None is cuBLAS.
+# Fastest of what was measured in bfloat16 on an H200, as rows, columns, depth, warps and stages; None is cuBLAS. The
+# small model's of 48 and 56 rows, and from them its mlp of 32, within a whole step.
 FASTEST: dict[int, dict[str, dict[str, tuple[int, ...] | None]]] = {
     1: {
         "small": {"qkv": (1, 8, 128, 2, 4), "out": (1, 8, 128, 2, 4), "mlp": (1, 8, 128, 2, 4),
@@ -338,14 +339,14 @@ FASTEST: dict[int, dict[str, dict[str, tuple[int, ...] | None]]] = {
     },
     32: {
         "small": {"qkv": (16, 16, 128, 2, 4), "out": (16, 16, 128, 2, 4), "mlp": (64, 32, 128, 4, 4),
-                  "down": (16, 16, 512, 2, 3), "head": (64, 64, 128, 4, 4)},
+                  "down": (16, 16, 256, 4, 5)},
         "1.5B": {"qkv": (32, 16, 256, 4, 7), "out": (32, 16, 256, 4, 7), "mlp": (64, 64, 64, 4, 4), "down": None},
         "8B": {"qkv": (32, 32, 128, 2, 7), "out": (32, 32, 256, 4, 5), "mlp": (64, 64, 64, 4, 4),
                "down": (32, 32, 256, 4, 5)},
     },
     48: {
         "small": {"qkv": (16, 16, 128, 2, 4), "out": (16, 16, 128, 2, 4), "mlp": (64, 32, 128, 4, 4),
-                  "down": (16, 16, 512, 2, 3), "head": (64, 64, 128, 4, 4)},
+                  "down": (16, 16, 256, 4, 5), "head": (64, 64, 128, 4, 4)},
     },
     56: {
         "small": {"qkv": (64, 16, 128, 4, 4), "out": (16, 16, 128, 2, 4), "mlp": (64, 32, 128, 4, 4),
@@ -353,7 +354,7 @@ FASTEST: dict[int, dict[str, dict[str, tuple[int, ...] | None]]] = {
     },
     80: {
         "small": {"qkv": (64, 64, 128, 4, 4), "out": (16, 16, 128, 2, 4), "mlp": (64, 64, 128, 4, 4),
-                  "down": (16, 16, 512, 2, 3)},
+                  "down": (16, 16, 256, 4, 5)},
     },
     256: {
         "small": {"qkv": (64, 64, 128, 4, 4), "out": (64, 32, 64, 4, 4), "mlp": (64, 64, 128, 4, 4),
@@ -373,7 +374,7 @@ def test_default_tiles(rows: int, model: str) -> None:
         cut = tiles and (tiles.rows, tiles.cols, tiles.depth, tiles.warps, tiles.stages)
         assert cut == fastest, (name, tiles)
         assert tiles is None or (tiles.ahead > 0) == (tiles.rows < 64)
-        assert tiles is None or tiles.tma == (rows > 64 and tiles.rows == tiles.cols == 64 and model == "small")
+        assert tiles is None or tiles.tma == (tiles.rows == tiles.cols == 64 and model == "small")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -426,6 +426,28 @@ def test_rows_move_with_their_chances(converted: Callable[[str], Path]) -> None:
         assert torch.equal(old.chances, before), "what is measured leaves no trace"
 
 
+def test_runners_up_stay_with_their_drafts(converted: Callable[[str], Path]) -> None:
+    """Neither other rows nor steps that were measured or captured leave theirs."""
+    engine = engine_of(converted("qwen3"))
+    params = [SamplingParams(max_new_tokens=50)]
+    slots, other = (engine.open(user, PROMPTS[:1], params)[0] for user in (engine, params[0]))
+    lists = engine.network.lists(slots, 3, ranked=True)
+
+    def left(change: Callable[[], object]) -> bool:
+        lists.tokens.fill_(3)
+        change()
+        return bool(lists.tokens.any())
+
+    def measured() -> None:
+        with slots.untouched():
+            lists.tokens.fill_(4)
+
+    assert left(lambda: None)
+    assert not left(measured)
+    assert not left(lambda: slots.adopt(other, [0]))
+    assert not left(lambda: slots.open(PROMPTS[:1], params, [60], [[0]]))
+
+
 @pytest.mark.parametrize("transition", [False, True])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9}])
 def test_the_head_for_all_rows_or_for_some(

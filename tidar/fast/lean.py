@@ -223,9 +223,8 @@ class LeanModel:
         """`logits` (R, V) of a model with a transition, and what its gate takes from the same rows (R, W), in the same
         dtype; one product, if that can be."""
         # The transition norms what it takes once more, without weights (`tidar.transition`).
-        x, ready = hidden
-        again, both, vocab = float(torch.finfo(x.dtype).eps), self._ends, len(self.head)
-        prepared = both is not None and ready is not None and ready.weighed is not None
+        (x, ready), both, vocab = hidden, self._ends, len(self.head)
+        again, prepared = float(torch.finfo(x.dtype).eps), ready is not None and ready.weighed is not None
         if both is not None and prepared and self._cut(both, x, len(x if rows is None else rows)):
             made = self._wide(hidden, both, rows, again=again, behind=vocab)
             return made[:, :vocab], made[:, vocab:]

@@ -162,10 +162,11 @@ def _of_small(n_rows: int, features: int, depth: int, itemsize: int) -> ProductT
     as all programs are under way at once; then of Hopper's own instructions, the deeper the fewer trips they save."""
     one = n_rows <= 64  # a tile of such instructions takes all rows
     if -(-n_rows // 16) * -(-features // 16) <= (PROCESSORS if one else 3 * PROCESSORS // 2):
-        return replace(_cut((16, 16, 512, 2), depth, itemsize), ahead=128)  # row tiles share what one of them asked for
+        shape = (16, 16, 512, 2) if 48 < n_rows <= 64 else (16, 16, 256, 4)
+        return replace(_cut(shape, depth, itemsize), ahead=128)  # row tiles share what one of them asked for
     if one:
         cols = min(64, max(16, power_of_2(features // 64)))  # some 64 programs, or fewer
-        return replace(_cut((64, cols, 128, 4), depth, itemsize), stages=4)
+        return replace(_cut((64, cols, 128, 4), depth, itemsize), stages=4, tma=cols == 64)
     if features >= 512 and depth >= 256:
         return replace(_cut((64, 64, 128, 4), depth, itemsize), stages=4, tma=True)
     if depth <= 512:
