@@ -29,7 +29,8 @@ from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES, LeanModel
-from tidar.fast.step import Flags, Step
+from tidar.fast.network import Flags
+from tidar.fast.step import Step
 from tidar.model import Spec
 
 GREEDY = Flags(sampling=False, filtering=False, penalty=False)

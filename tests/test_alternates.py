@@ -15,13 +15,13 @@ import torch
 from test_kernels import Case, agree, computed, exact
 from torch import Tensor
 
-from tidar import layout, mask
+from tidar import layout, mask, proposals
 from tidar.api import Model
-from tidar.checkpoint import load_model
+from tidar.checkpoint import embedded_checkpoint, load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.plan import Outcome, Plan, Shape, candidates, drafted, few, filled, shapes
-from tidar.decode.planner import Acceptance
+from tidar.decode.planner import Acceptance, Cover, tokens_per_step
 from tidar.decode.policy import Fixed, Planning
 from tidar.decode.tidar import TidarDecoder
 from tidar.errors import TidarError
@@ -30,9 +30,9 @@ from tidar.fast.engine import Engine
 from tidar.fast.step import Step
 from tidar.kernels import reference, reference_chain
 from tidar.kernels import reference_step as plain
-from tidar.kernels.reference_step import SURE, Picking, Runners
+from tidar.kernels.reference_step import Picking, Runners
 from tidar.model import CausalLM
-from tidar.proposals import KNOWN
+from tidar.proposals import KNOWN, RUNNERS_UP, outcomes, paired
 from tidar.sampling import RowParams, runners_up
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
@@ -43,22 +43,25 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_layout_by_hand() -> None:
-    found = layout.step([2], 2, [1, 2], 2, alternates=1)
+    found = layout.step([2], 2, [1, 2], 2, alternates=[1, 1, 2], pairs=1)
     sees = mask.dense(found)[0, 0] if mask.dense(found).dim() == 4 else mask.dense(found)[0]
     rows = [
-        "1110 0 0 00 00",  # d_1
-        "1111 0 0 00 00",  # d_2
-        "1110 1 0 00 00",  # behind d_1
-        "1111 0 1 00 00",  # behind d_2
-        "1110 0 0 11 00",
-        "1110 0 0 11 00",
-        "1111 0 0 00 11",
-        "1111 0 0 00 11",
+        "1110 000 00 00",  # d_1
+        "1111 000 00 00",  # d_2
+        "1110 100 00 00",  # behind d_1
+        "1110 110 00 00",  # and behind that
+        "1111 001 00 00",  # behind d_2
+        "1110 000 11 00",
+        "1110 000 11 00",
+        "1111 000 00 11",
+        "1111 000 00 11",
     ]
     expected = [[c == "1" for c in row.replace(" ", "")] for row in rows]
     assert sees.tolist() == expected
-    assert found.positions.tolist() == [[2, 3, 3, 4, 3, 4, 4, 5]]
-    assert (found.clean, found.rows.tolist()) == (4, [0, 1, 2, 3, 5, 7])
+    assert found.positions.tolist() == [[2, 3, 3, 4, 4, 3, 4, 4, 5]]
+    assert (found.clean, found.rows.tolist()) == (5, [0, 1, 2, 3, 4, 6, 8])
+    with pytest.raises(TidarError, match="levels must lie between 1 and the draft length 2"):
+        layout.step([2], 2, [1], 2, alternates=[3])
 
 
 # --- attention ---
@@ -66,36 +69,49 @@ def test_layout_by_hand() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Others(Case):
-    """A step with alternates."""
+    """A step with alternates, whose levels stand before those of the blocks."""
 
-    alternates: int = 2
+    alternates: int = 4
+    pairs: int = 1
 
     @property
     def queries(self) -> int:
-        return super().queries + self.alternates * len(self.levels)
+        return self.causal + self.alternates + (len(self.levels) - self.alternates) * self.block
 
     @property
     def options(self) -> dict[str, Any]:
-        return super().options | {"alternates": self.alternates}
+        return super().options | {"alternates": self.alternates, "pairs": self.pairs}
 
 
+FEW = (1, 1, 3, 2, 0, 3)
 CASES = {
-    "two each": Others(),
-    "one each": Others(alternates=1),
-    "many": Others(alternates=7, levels=(0, 1, 4), causal=4, block=3),
-    "window": Others(window=9, lengths=(5, 37)),
-    "own levels": Others(apart=True, lengths=(5, 37, 0)),
-    "small tiles": dataclasses.replace(Others(alternates=3), tiles=dataclasses.replace(Case().tiles, rows=16)),
+    "a pair": Others(levels=FEW),
+    "no pairs": Others(levels=FEW, pairs=0),
+    "pairs only": Others(levels=(2, 2, 1, 1, 3), pairs=2),
+    "blocks of one": Others(levels=FEW, block=1),
+    "many": Others(
+        alternates=21, pairs=7, levels=(2,) * 8 + (0, 0) + (4,) * 6 + (1, 4, 4, 2, 3, 0, 1, 4), causal=4, block=3
+    ),
+    "window": Others(levels=FEW, window=9, lengths=(5, 37)),
+    "own levels": Others(levels=FEW, apart=True, lengths=(5, 37, 0)),
+    "small tiles": dataclasses.replace(
+        Others(alternates=9, pairs=4, levels=(1, 1, 2, 2, 1, 1, 3, 3, 0, 3)),
+        tiles=dataclasses.replace(Case().tiles, rows=16),
+    ),
 }
 
 
 def test_visible_is_the_layout() -> None:
     """The kernels' twin and the layout say the same, each in its own way."""
-    for k, levels, m, a, window in ((3, [1, 3], 4, 2, None), (4, [2], 2, 3, 5), (2, [1, 2], 1, 1, None)):
-        plan = layout.step([6], k, levels, m, alternates=a)
+    for k, levels, m, others, pairs, window in (
+        (3, [1, 3], 4, [2, 2, 1], 1, None),
+        (4, [2], 2, [3, 3, 1, 1], 2, 3),
+        (2, [1, 2], 1, [1], 0, None),
+    ):
+        plan = layout.step([6], k, levels, m, alternates=others, pairs=pairs)
         wanted = mask.dense(plan.windowed(window))
         wanted = wanted.view(wanted.shape[-2:])
-        assert torch.equal(reference.visible(6, plan.queries, k, levels, window, a), wanted)
+        assert torch.equal(reference.visible(6, plan.queries, k, others + levels, window, len(others), pairs), wanted)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,18 +121,20 @@ def test_attention_with_alternates(name: str) -> None:
     assert agree(computed(case, given), exact(case, given))
 
 
-@pytest.mark.parametrize("fault", ["each other", "masks see them", "a later draft", "not themselves"])
+@pytest.mark.parametrize("fault", ["each other", "masks see them", "a later draft", "not themselves", "not the first"])
 def test_a_wrong_view_of_alternates_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Others(lengths=(5, 37))
+    case = Others(levels=FEW, lengths=(5, 37))
     given = case.tensors()
     right, first = reference.visible, case.causal
 
     def wrong(length: int, *rest: Any) -> Tensor:
         seen = right(length, *rest)
         if fault == "each other":
-            seen[first + 1, length + first] = True
+            seen[first + 2, length + first] = True
         elif fault == "masks see them":
-            seen[first + case.alternates * len(case.levels), length + first] = True
+            seen[first + case.alternates, length + first] = True
+        elif fault == "not the first":
+            seen[first + 1, length + first] = False
         elif fault == "a later draft":
             seen[first, length + case.levels[0]] = True
         else:
@@ -128,24 +146,24 @@ def test_a_wrong_view_of_alternates_is_caught(fault: str, monkeypatch: pytest.Mo
 
 
 def test_queries_must_be_as_many_as_said() -> None:
-    case = Others()
+    case = Others(levels=FEW)
     given = case.tensors()
-    for wrong in (40, -1, 2 + case.block):  # the last leaves no masks
-        with pytest.raises(TidarError, match="alternates of each of"):
-            reference.attend(**given, **case.options | {"alternates": wrong})
+    for alternates, pairs in ((40, 1), (-1, 0), (6, 1), (4, 3), (4, -1)):  # the third leaves no masks
+        with pytest.raises(TidarError, match="alternates with -?[0-9]* pairs"):
+            reference.attend(**given, **case.options | {"alternates": alternates, "pairs": pairs})
 
 
 def test_rotate_places_alternates() -> None:
     from tidar.kernels.rotate import rotate
 
     turn = torch.arange(64.0, device=DEVICE)[:, None].repeat(1, 16), torch.zeros(64, 16, device=DEVICE)
-    place = [0, 1, 2, 1, 1, 3, 3, 1, 2, 3, 4]
-    levels = torch.tensor([1, 3], device=DEVICE)
+    place = [0, 1, 2, 1, 2, 3, 1, 1, 2, 3, 4]
+    levels = torch.tensor([1, 1, 3, 1, 1, 3], device=DEVICE)
     stores = torch.zeros(3, 8, 1, 16, device=DEVICE), torch.zeros(3, 8, 1, 16, device=DEVICE)
     rest = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([4]).int(), torch.tensor([3]).int()
     for run in (rotate, plain.rotate):
         heads = torch.ones(1, 11, 3, 16, device=DEVICE)
-        options: dict[str, Any] = {"eps": 1e-6, "causal": 3, "alternates": 2}
+        options: dict[str, Any] = {"eps": 1e-6, "causal": 3, "alternates": 4, "pairs": 1}
         given = *turn, *stores, *(t.to(DEVICE) for t in rest), levels
         q, k, _ = run(heads, None, None, *given, **options)
         for turned in (q, k):
@@ -155,89 +173,136 @@ def test_rotate_places_alternates() -> None:
 # --- beside the network ---
 
 
+def test_the_likeliest_pairs_by_hand() -> None:
+    """Of an outcome and a token; outcomes of 4 drafts, the last of which has no other token."""
+    levels, ranks = proposals.alternates(torch.tensor([[0.1, 0.6, 0.1, 0.2], [0.0, 0.0, 1.0, 0.0]]), 6)
+    pairs = [list(zip(*row, strict=True)) for row in zip(levels.tolist(), ranks.tolist(), strict=True)]
+    # 0.6 · (.33, .12, .075, .05) and 0.1 · .33, of two drafts alike
+    assert pairs[0] == [(2, 0), (2, 1), (2, 2), (1, 0), (3, 0), (2, 3)]
+    assert pairs[1] == [(3, 0), (3, 1), (3, 2), (3, 3), (1, 0), (1, 1)]
+    levels, ranks = proposals.alternates(torch.tensor([[0.5, 0.5]]), 6)
+    assert levels.tolist() == [[1] * 6] and ranks.tolist() == [[0, 1, 2, 3, 0, 0]], "there are no more"
+    assert paired(torch.tensor([[1, 2, 3]]), torch.tensor([[7, 8, 9]]), 2).tolist() == [[1, 7, 2, 8, 3]]
+
+
+@pytest.mark.parametrize("k", [2, 5, 16])
 @pytest.mark.parametrize("scored", [False, True])
-def test_embed_picks_their_tokens(scored: bool) -> None:
-    """The best behind the draft, of tokens in their order or of lists with their scores."""
+def test_embed_picks_their_tokens(scored: bool, k: int) -> None:
+    """The best behind the draft, of tokens in their order or of lists with their scores, and what follows them."""
     from tidar.kernels import accept as fused
 
-    rows, k, count, each, vocab, listed = 3, 5, 2, 3, 90, 16
+    rows, count, each, pairs, vocab, listed, states = 3, 2, 7, 3, 90, 16, 40
     table = torch.randn(vocab, 8, device=DEVICE)
     chances = torch.rand(rows, k + 2, device=DEVICE)
     drafts = torch.randint(vocab, (rows, k + 2), device=DEVICE)
-    tokens = torch.randint(vocab, (rows, k - 1, listed), device=DEVICE)
-    runners = Runners(tokens)
+    runners = Runners(*(torch.randint(vocab, (rows, k, RUNNERS_UP), device=DEVICE) for _ in range(2)))
     if scored:
-        scores = torch.randn(rows, k - 1, listed, listed, device=DEVICE).round(decimals=1)  # some are equal
-        runners = Runners(tokens.int(), scores, torch.randint(listed, (rows, k - 1), device=DEVICE).int())
-    best = runners.best(each)
+        scores = torch.randn(rows, k, listed, listed, device=DEVICE).round(decimals=1)  # some are equal
+        successors = torch.randint(2**62, (rows, k, listed), device=DEVICE) // 2**54 % vocab << 32
+        whose = (torch.randint(n, (rows, k), device=DEVICE).int() for n in (listed, states))
+        named = torch.randint(vocab, (states, listed), device=DEVICE).int()
+        runners = Runners(named, successors + torch.randint(2**32, (rows, k, listed), device=DEVICE), scores, *whose)
+    best, behind = runners.best()
     found = []
     for run in (fused.embed, plain.embed):
-        places, chosen = (torch.full((rows, n), -7, device=DEVICE) for n in (k, count))
-        named = torch.full((rows, count, each), -7, device=DEVICE)
-        picking = Picking(chances, places, chosen, runners, named)
-        out = run(drafts, table, vocab - 1, k + count * (each + 4), k, picking=picking)
+        places, chosen = (torch.full((rows, n), -7, device=DEVICE) for n in (k, each + pairs + count))
+        tokens = torch.full((rows, each + pairs), -7, device=DEVICE)
+        picking = Picking(chances, places, chosen, runners, tokens, pairs)
+        out = run(drafts, table, vocab - 1, k + each + pairs + count * 4, k, picking=picking)
+        below, rank = proposals.alternates(outcomes(chances[:, 1:k]), each)
         for row in range(rows):
-            wanted = [int(best[row, min(level, k - 1) - 1, a]) for level in chosen[row].tolist() for a in range(each)]
-            assert named[row].flatten().tolist() == wanted
-            assert torch.equal(out[row, k : k + count * each], table[wanted])
+            both = zip(below[row].tolist(), rank[row].tolist(), strict=True)
+            wanted = [(level, int(best[row, level - 1, r]), int(behind[row, level - 1, r])) for level, r in both]
+            flat = [(level, token) for level, *two in wanted[:pairs] for token in two]
+            flat += [(level, token) for level, token, _ in wanted[pairs:]]
+            assert chosen[row, :-count].tolist() == [level for level, _ in flat]
+            assert tokens[row].tolist() == [token for _, token in flat]
+        assert torch.equal(chosen[:, -count:], proposals.levels(places, count))
         assert torch.equal(out[:, :k], table[drafts[:, :k]])
-        assert torch.equal(out[:, k + count * each :], table[-1].expand(rows, count * 4, 8))
-        found.append((places, chosen, named, out))
+        assert torch.equal(out[:, k : k + each + pairs], table[tokens])
+        assert torch.equal(out[:, k + each + pairs :], table[-1].expand(rows, count * 4, 8))
+        found.append((places, chosen, tokens, out))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_embed_picks_something_of_nan() -> None:
+    from tidar.kernels import accept as fused
+
+    table, drafts = torch.randn(9, 8, device=DEVICE), torch.ones(1, 5, dtype=torch.long, device=DEVICE)
+    chances = torch.full((1, 5), torch.nan, device=DEVICE)
+    runners = Runners(*(torch.full((1, 4, RUNNERS_UP), 3, device=DEVICE) for _ in range(2)))
+    tokens, chosen = (
+        torch.zeros(1, 3, dtype=torch.long, device=DEVICE),
+        torch.zeros(1, 4, dtype=torch.long, device=DEVICE),
+    )
+    fused.embed(drafts, table, 8, 12, 5, picking=Picking(chances, chosen.new_zeros(1, 5), chosen, runners, tokens, 1))
+    assert tokens.tolist() == [[3] * 3] and all(1 <= level <= 4 for level in chosen[0, :3].tolist())
+
+
 def test_runners_up_by_hand() -> None:
-    scores = torch.tensor([[9.0, 1.0, 2.0], [3.0, 5.0, 5.0], [0.0, 0.0, 0.0]])[None, None]
-    tokens = torch.tensor([[[70, 80, 90]]], dtype=torch.int32)
+    """Behind whichever token of the list before came; and in their lists of which the second is meant."""
+    scores = torch.full((1, 2, 6, 6), -9.0)
+    scores[0, 0, :3, :3] = torch.tensor([[9.0, 1.0, 2.0], [3.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
+    tokens = torch.tensor([[0] * 6, [70, 80, 90, 1, 2, 3]], dtype=torch.int32)
+    listed = torch.tensor([[1, 0]], dtype=torch.int32)
+    followers = torch.tensor([[[9] * 6, [10, 11, 12, 13, 14, 15]]]) << 32 | 77
     for came, wanted in ((0, [90, 80]), (1, [90, 70]), (2, [80, 90])):
-        found = Runners(tokens, scores, torch.tensor([[came]], dtype=torch.int32)).best(2)
-        assert found.tolist() == [[wanted]]
-    assert Runners(tokens).best(2).tolist() == [[[70, 80]]]
+        best, behind = Runners(tokens, followers, scores, torch.tensor([[came, 0]], dtype=torch.int32), listed).best()
+        assert best[0, 0, :2].tolist() == wanted
+        assert behind[0, 0, :2].tolist() == [{70: 10, 80: 11, 90: 12}[token] for token in wanted]
+        assert not behind[0, 1].any(), "nothing is drafted behind the last"
     params = RowParams.of([SamplingParams()], device=torch.device("cpu"))
     named = runners_up(torch.tensor([[[1.0, 5.0, 3.0]]]), params, None, torch.tensor([[1]]), 4)
     assert named.tolist() == [[[2, 0, 0, 0]]], "a small vocabulary has no more"
 
 
 def test_accept_by_hand() -> None:
-    """Level 1 or 3 of four drafts, two alternates each: met or not, drafted for or not."""
+    """Levels 1 and 3 of four drafts are drafted for; a pair behind 1, one behind 2, and single ones behind 3 and 1."""
     from tidar.kernels import accept as fused
 
-    levels = torch.tensor([[1, 3]] * 5, device=DEVICE)
-    others = torch.tensor([[[50, 51], [52, 53]]] * 5, device=DEVICE)
-    stand, follow = [1, 3, 3, 2, 1], [51, 52, 60, 50, 52]
-    met, behind = [1, 0, -1, -1, -1], [0, 0, 0, 1, 0]
-    drafts = torch.arange(20, device=DEVICE).view(5, 4)
-    sampled = drafts.roll(-1, 1).contiguous()
+    others = torch.tensor([[50, 60, 51, 61, 52, 53]] * 7, device=DEVICE)
+    levels = torch.tensor([[1, 1, 2, 2, 3, 1, 1, 3]] * 7, device=DEVICE)
+    #          pair, right | pair, wrong | of another level | second alone | single | single, seen twice | none stands
+    stand = [1, 2, 2, 1, 3, 1, 4]
+    follow = [50, 51, 50, 60, 52, 53, 99]
+    met, given, behind = [0, 1, -1, -1, 2, 3, -1], [2, 1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 1]
+    told = torch.tensor([[60, 31, 99, 33, 34, 35]] * 7, device=DEVICE)
+    drafts = torch.arange(35, device=DEVICE).view(7, 5)
+    sampled = drafts[:, :4].roll(-1, 1)
     for row, n in enumerate(stand):
         sampled[row, n - 1] = follow[row]
-    queries = 4 + 2 * (2 + 4)
+    queries = 4 + 6 + 2 * 5
     for module in (fused, plain):
-        ints = [torch.zeros(5, dtype=torch.int32, device=DEVICE) for _ in range(3)]
-        ring = torch.zeros(2, 5, 9, dtype=torch.int32, pin_memory=DEVICE == "cuda")
-        given = [sampled, drafts.clone(), ints[0], ints[1] + 99, ints[2], ring, torch.zeros_like(ints[0][:1])]
-        states, made = module.accept(*given, levels=levels, places=None, alternates=others, masks=4, queries=queries)
+        ints = [torch.zeros(7, dtype=torch.int32, device=DEVICE) for _ in range(3)]
+        ring = torch.zeros(2, 7, 9, dtype=torch.int32, pin_memory=DEVICE == "cuda")
+        after = drafts.clone()
+        rest = [after, ints[0], ints[1] + 99, ints[2], ring, torch.zeros_like(ints[0][:1])]
+        options = {"places": None, "alternates": others, "pairs": 2, "masks": 5, "queries": queries}
+        states, made, sure = module.accept(torch.cat([sampled, told], 1), *rest, levels=levels, **options)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         assert ring[0, :, 1].tolist() == behind and ring[0, :, 3].tolist() == met
-        masks = torch.tensor([0, 4, 4, 0, 0])  # where in all masks its block begins
-        for row in range(5):
-            plainly = [row * queries + 8 + int(masks[row]) + behind[row] + j for j in (1, 2, 3)]
-            there = [1 if j + behind[row] < 4 else 0 for j in (1, 2, 3)]
-            if met[row] >= 0:
-                plainly[0], there[0] = row * queries + 4 + (2 if stand[row] == 3 else 0) + met[row], SURE
-            assert made[row].tolist() == there
-            assert all(
-                at == to for at, to, is_there in zip(states[row].tolist(), plainly, there, strict=True) if is_there
-            )
+        assert ring[0, :, 4].tolist() == sure.tolist() == given
+        seconds = [60, 99, 0, 0, 34, 35, 0]
+        for row in range(7):
+            block = 5 if stand[row] >= 3 else 0
+            plainly = [row * queries + 10 + block + behind[row] + j for j in (1, 2, 3, 4)]
+            assert made[row].tolist() == [j + behind[row] < 5 for j in (1, 2, 3, 4)]
+            assert states[row, : 4 - behind[row]].tolist() == plainly[: 4 - behind[row]]
+            wanted = [follow[row], *drafts[row, 1:].tolist()]
+            wanted[1] = seconds[row] if given[row] else wanted[1]
+            wanted[2] = 31 if given[row] > 1 else wanted[2]
+            assert after[row].tolist() == wanted
 
 
 @pytest.mark.parametrize("sampling", [False, True])
 def test_the_chain_tells_what_came_next(sampling: bool) -> None:
+    """Of all drafts but those that were given; and what would have followed."""
     from tidar.kernels import chain as fused
     from tidar.kernels.shortlists import Shortlists
 
     draw = torch.Generator().manual_seed(1)
-    rows, places, vocab, width, count = 2, 4, 300, 20, 3
+    rows, places, vocab, width = 3, 4, 300, 20
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(DEVICE)
@@ -248,13 +313,14 @@ def test_the_chain_tells_what_came_next(sampling: bool) -> None:
         normal(vocab, width),
         normal(vocab, width),
     )
-    first, suppressed = torch.tensor([3, 7], device=DEVICE), torch.zeros(vocab, dtype=torch.bool, device=DEVICE)
-    made = torch.tensor([[SURE, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.int8, device=DEVICE)
+    first, suppressed = torch.tensor([3, 7, 9], device=DEVICE), torch.zeros(vocab, dtype=torch.bool, device=DEVICE)
+    made = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool, device=DEVICE)
+    known = torch.tensor([1, 0, 2], dtype=torch.int32, device=DEVICE)
     given = base, state, first, made, tokens, mix, suppressed
-    options = {
-        "temperature": torch.tensor([0.9, 0.0], device=DEVICE),
-        "seed": torch.tensor([5, 6], device=DEVICE),
-        "lengths": torch.tensor([11, 2], dtype=torch.int32, device=DEVICE),
+    options: dict[str, Any] = {
+        "temperature": torch.tensor([0.9, 0.0, 0.7], device=DEVICE),
+        "seed": torch.tensor([5, 6, 7], device=DEVICE),
+        "lengths": torch.tensor([11, 2, 5], dtype=torch.int32, device=DEVICE),
         "offset": 1,
         "sampling": sampling,
     }
@@ -262,20 +328,27 @@ def test_the_chain_tells_what_came_next(sampling: bool) -> None:
     named = reference_chain.PlainLists.of(rows, places, ranked=True, device=DEVICE)
     found = []
     for module, kept in ((fused, lists), (reference_chain, named)):
-        chances = torch.zeros(rows, places, device=DEVICE)
-        out = module.chain(*given, **options, chances=chances, shortlists=kept)
-        found.append((out, chances, kept.runners.best(count)))
-    torch.testing.assert_close(found[0][1], found[1][1])
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][2])
-    out, chances, others = found[0]
+        chances, out = torch.zeros(rows, places, device=DEVICE), torch.full((rows, places), 44, device=DEVICE)
+        module.chain(*given, **options, given=known, out=out, chances=chances, shortlists=kept)
+        found.append((out, chances, *kept.runners.best()))
+    out, chances, others, behind = found[0]
+    torch.testing.assert_close(chances, found[1][1])
+    assert torch.equal(out, found[1][0])
+    assert torch.equal(others[0, 1:], found[1][2][0, 1:]) and torch.equal(others[1], found[1][2][1])
+    assert torch.equal(behind[0, 1:], found[1][3][0, 1:]) and torch.equal(behind[1], found[1][3][1])
+    assert out[0, 0] == 44 and out[2].tolist() == [44, 44, 0, 0] and 44 not in out[1]
     assert chances[0, 0] == pytest.approx(KNOWN) and chances[0, 3] == 0 and bool((chances[1] < 1).all())
-    for row in range(rows):
-        for place in range(places - 1):
-            same = {int(out[row, place]), *others[row, place].tolist()}
-            assert len(same) == count + 1, "none twice, and not the draft"
-    if not sampling:
-        wanted = base[0, 0].topk(1 + count).indices.tolist()
-        assert [int(out[0, 0]), *others[0, 0].tolist()] == wanted, "a sure one is of its logits alone"
+    assert chances[2].tolist() == pytest.approx([KNOWN, KNOWN, 0, 0])
+    for place in range(places - 1):
+        same = {int(out[1, place]), *others[1, place].tolist()}
+        assert len(same) == RUNNERS_UP + 1, "none twice, and not the draft"
+        # What follows a token is what the chain drafts behind it.
+        for token, follower in zip(others[1, place].tolist(), behind[1, place].tolist(), strict=True):
+            forced = torch.tensor([[44] * place + [token] + [0] * (places - place - 1)], device=DEVICE)
+            one: dict[str, Any] = {n: v[1:2] if isinstance(v, Tensor) else v for n, v in options.items()}
+            one["given"] = torch.tensor([place + 1], dtype=torch.int32, device=DEVICE)
+            rest = base[1:2], state[1:2], first[1:2], made[1:2], tokens, mix, suppressed
+            assert reference_chain.chain(*rest, **one, out=forced)[0, place + 1] == follower
 
 
 COMPILE = """
@@ -283,14 +356,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tidar.kernels import accept
-kinds = dict(named="*i32", scores="*fp32", came="*i32", sampled="*i64",
-    drafts="*i64", lengths="*i32", limits="*i32", tickets="*i32", ring="*i32", places="*i64",
-    levels="*i64", alternates="*i64", states="*i32", made="*i8", seen="*i1", bad="*i32",
+kinds = dict(named="*i32", followers="*i64", scores="*fp32", came="*i32", listed="*i32", sampled="*i64",
+    drafts="*i64", lengths="*i32", limits="*i32", tickets="*i32", ring="*i32", places="*i64", given="*i32",
+    levels="*i64", alternates="*i64", states="*i32", made="*i1", seen="*i1", bad="*i32",
     table="*bf16", out="*bf16", chances="*fp32")
-sizes = dict(DRAFTS=16, DRAFTS_UP=16, PROPOSALS=3, PDL=1, QUERIES=79, EACH=5)
+sizes = dict(DRAFTS=16, DRAFTS_UP=16, PROPOSALS=3, PDL=1, QUERIES=80, OTHERS=16, PAIRS=5)
 for kernel, more in (
-    (accept._embed, dict(D=384, WIDTH=512, RUNS=15, SLOTS=256)),
-    (accept._accept, dict(PROPOSALS_UP=4, EACH_UP=8, SURE=2, MASKS=16, MASKS_UP=16, DEPTH=16)),
+    (accept._embed, dict(D=384, WIDTH=512, RUNS=15, SLOTS=256, SHARES=(0.3, 0.1, 0.1, 0.1), SLOT_BITS=22)),
+    (accept._accept, dict(PROPOSALS_UP=4, OTHERS_UP=16, HEAD=5, MASKS=16, MASKS_UP=16, DEPTH=16)),
 ):
     fixed, names = sizes | more, kernel.arg_names
     types = {n: "constexpr" if n in fixed else kinds.get(n, "i32") for n in names}
@@ -333,9 +406,9 @@ class Noting(TidarDecoder):
     def step(self) -> list[list[int]]:
         certain = super().step()
         for row, (met, n) in enumerate(zip(self.outcome.met, self.outcome.accepted, strict=True)):
-            before = self.came[-1].met[row] if self.came and len(self.came[-1].met) > row else -1
-            assert before < 0 or self.rows_left or n > 1, "a sure draft stands"
-            assert met < 0 or self.outcome.behind[row] == 0
+            before = self.came[-1].sure[row] if self.came and len(self.came[-1].sure) > row else 0
+            assert self.rows_left or n > before, "a sure draft stands"
+            assert (met >= 0) == (self.outcome.sure[row] > 0)
         self.rows_left = False
         self.came.append(self.outcome)
         return certain
@@ -355,15 +428,15 @@ def test_a_sure_draft_stands(leaning: CausalLM, acceptance: Any) -> None:
             SamplingParams(max_new_tokens=60, temperature=temperature, top_p=0.9, repetition_penalty=penalty, seed=n)
             for n in range(3)
         ]
-        decoder = Noting(leaning, draft_len=4, proposals=3, alternates=8, acceptance=acceptance)
+        decoder = Noting(leaning, draft_len=4, proposals=3, alternates=12, acceptance=acceptance)
         generation.generate(leaning, PROMPTS, params, lambda decoder=decoder: decoder, 3)  # type: ignore[misc]
-        assert any(met >= 0 for each in decoder.came for met in each.met)
+        assert any(sure for each in decoder.came for sure in each.sure)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.9, "top_p": 0.9}, {"temperature": 1.0, "repetition_penalty": 1.2}]
 )
-@pytest.mark.parametrize("sizes", [(4, 2, 3), (5, 5, 1), (3, 1, 8)])
+@pytest.mark.parametrize("sizes", [(4, 2, 5), (5, 5, 1), (3, 1, 12), (2, 1, 4)])
 @pytest.mark.parametrize("with_one", [True, False])
 def test_tokens_are_those_of_ar(
     converted: Callable[[str], Path],
@@ -400,42 +473,70 @@ def test_fast_and_plain_meet_the_same(leaning: CausalLM) -> None:
         def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
             learnt.append(outcome)
 
-    fast = FastDecoder(engine, Listening(4, 4, 8), ahead=1)
-    slow = TidarDecoder(leaning, draft_len=4, proposals=4, alternates=8)
+    fast = FastDecoder(engine, Listening(4, 4, 12), ahead=1)
+    slow = TidarDecoder(leaning, draft_len=4, proposals=4, alternates=12)
     params = [SamplingParams(max_new_tokens=200)] * 3
     met = 0
     with torch.inference_mode():
         assert fast.prefill(PROMPTS, params) == slow.prefill(PROMPTS, params)
-        lists = engine.network.lists(fast._slots, 3, ranked=True)  # a prefill of the fast path names none
-        if lists.runners.scores is None:
-            lists.tokens[:3] = slow._others[:3, :3]
+        fast.step()  # its prefill names no runners-up
+        slow.step()
+        slots = fast._slots
         for _ in range(60):
-            fast._slots.chances[:3, 1:4] = slow._chances.float()
+            slots.chances[:3, 1:4] = slow._chances.float()
             made = torch.nn.functional.pad(slow._chances > 0, (0, 1))
+            before = slow.outcome.sure
             assert fast.step() == slow.step()
             fast._learn()
             assert learnt[-1][:3] == slow.outcome[:3]
             for row, n in enumerate(slow.outcome.accepted):
-                if made[row, n - 1]:  # where nothing was drafted, the fast path may know a token yet
+                # Where nothing was drafted, or it was given, each path may know other tokens.
+                if made[row, n - 1] and n - 1 >= before[row]:
                     assert learnt[-1].met[row] == slow.outcome.met[row]
                     met += slow.outcome.met[row] >= 0
     assert met > 3
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95}])
+def test_what_was_drafted_behind_an_alternate(sampling: dict[str, float]) -> None:
+    """Of a model that drafts well it comes now and then; then two drafts are sure, and stand."""
+    core = load_model(embedded_checkpoint(), dtype="float32", device=DEVICE)
+    prompts = [core.tokenizer.encode(text) for text in ("def add(a, b):\n", "import os\n\n\nclass Files:\n")]
+    params = [SamplingParams(max_new_tokens=80, ignore_eos=True, seed=n, **sampling) for n in range(2)]  # type: ignore[arg-type]
+    plain = Noting(core, draft_len=8, proposals=3, alternates=11)
+    came: list[Outcome] = []
+
+    class Listening(Fixed):
+        def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
+            if came and len(came[-1].sure) == len(outcome.sure):
+                assert all(n > sure for n, sure in zip(outcome.accepted, came[-1].sure, strict=True))
+            came.append(outcome)
+
+    engine = Engine(core, plain=DEVICE == "cpu")
+    makers = lambda: TidarDecoder(core, draft_len=1), lambda: plain, lambda: FastDecoder(engine, Listening(8, 3, 11))
+    texts = [[c.token_ids for c in generation.generate(core, prompts, params, make, 2)] for make in makers]
+    assert texts[0] == texts[1] == texts[2]
+    for outcomes_ in (plain.came, came):
+        sure = [each for outcome in outcomes_ for each in outcome.sure]
+        assert sure.count(2) > 3 and sure.count(1) > 3, "a fifth and a quarter of all steps"
+
+
 def test_a_step_tries_what_came_next(leaning: CausalLM) -> None:
     engine = Engine(leaning, plain=DEVICE == "cpu")
-    decoder = FastDecoder(engine, Fixed(4, 2, 2), ahead=1)
+    decoder = FastDecoder(engine, Fixed(4, 2, 3), ahead=1)
     with torch.inference_mode():
         decoder.prefill(PROMPTS, [SamplingParams(max_new_tokens=50)] * 3)
         decoder.step()
         slots = decoder._slots
-        step = Step(engine.network, slots, Shape(4, 2, 4, 2), decoder._flags)
-        named = engine.network.lists(slots, 3, ranked=True).runners.best(2).clone()
+        step = Step(engine.network, slots, Shape(4, 2, 4, 3), decoder._flags)
+        named, behind = (each.clone() for each in engine.network.lists(slots, 3, ranked=True).runners.best())
+        below, rank = proposals.alternates(outcomes(slots.chances[:3, 1:4]), 3)
         step()
     assert bool(named[:3].any())
-    for row in range(3):
-        levels = step._levels[row].tolist()
-        assert step._alternates[row].tolist() == [named[row, min(level, 3) - 1].tolist() for level in levels]
+    row = torch.arange(3, device=DEVICE)[:, None]
+    assert torch.equal(step._levels[:3, :4], paired(below, below, 1))
+    wanted = paired(named[row, below - 1, rank], behind[row, below - 1, rank], 1)
+    assert torch.equal(step._alternates[:3], wanted)
 
 
 # --- plans ---
@@ -444,11 +545,14 @@ def test_a_step_tries_what_came_next(leaning: CausalLM) -> None:
 def test_alternates_fill_tiles() -> None:
     for k, count in ((16, 2), (16, 3), (16, 6), (8, 3), (8, 2), (4, 2), (5, 2)):
         plan = filled(k, count)
-        queries = shapes(plan)[0].queries
-        assert 1 <= plan.alternates <= 4
-        assert -(-queries // 16) == -(-(k + count * (k + 1)) // 16), "no tile more than one alternate each needs"
-        assert plan.alternates == 4 or -(-(queries + count) // 16) > -(-queries // 16), "and no room left"
-    assert [p.alternates for p in few(16) if p.draft_len == 16 and p.method == "tidar"] == [0, 0, 0, 0, 2, 4, 4]
+        shape = shapes(plan)[0]
+        assert (shape.pairs, shape.others) == (plan.alternates // 2, plan.alternates + plan.alternates // 2)
+        assert shape.queries == k * (1 + count) + shape.others
+        assert 4 <= plan.alternates <= 16
+        more = dataclasses.replace(plan, alternates=plan.alternates + 1)
+        assert plan.alternates == 16 or -(-shapes(more)[0].queries // 16) > -(-shape.queries // 16), "no room left"
+    named = [(p.proposals, p.alternates) for p in few(16) if p.draft_len == 16 and p.method == "tidar"]
+    assert named == [(15, 0), (3, 0), (2, 0), (1, 0), (3, 11), (2, 11)]
     assert any(p.alternates for p in candidates(16)) and not any(p.alternates for p in few(16) if p.method != "tidar")
     assert (drafted(1), drafted(2, 1), drafted(3, 4)) == (
         "1 proposal",
@@ -459,15 +563,19 @@ def test_alternates_fill_tiles() -> None:
 
 def test_what_alternates_are_worth_is_learned() -> None:
     seen = Acceptance()
-    believed = [seen.sure(n) for n in range(9)]
-    assert believed[0] == 0 and believed == sorted(believed) and 0.3 < believed[1] < 0.4 < believed[8] < 0.6
+    believed = [seen.sure(n)[0] for n in range(33)]
+    assert believed[0] == 0 and believed == sorted(believed) and 0.15 < believed[1] < 0.25 and 0.4 < believed[8] < 0.6
+    assert 0.1 < seen.sure(8)[1] < believed[4] < believed[32] < 0.97
     import numpy as np
 
     for _ in range(300):
-        seen.tried(2, np.array([0, -1, 1, -1]))
-    assert seen.sure(1) == pytest.approx(0.25, abs=0.01) and seen.sure(2) == pytest.approx(0.5, abs=0.01)
-    assert seen.sure(3) > 0.5, "what was not tried is believed as before"
-    assert seen.cover(Plan("tidar", 8, 2, 2)).sure == pytest.approx(0.5, abs=0.01)
+        seen.tried(2, np.array([0, -1, 1, -1]), np.array([2, 0, 1, 0]))
+        seen.tried(2, np.array([0, -1, 1, -1]), np.array([1, 0, 1, 0]))
+    assert seen.sure(1) == pytest.approx((0.25, 0), abs=0.01)
+    assert seen.sure(2) == pytest.approx((0.5, 0.125), abs=0.01)
+    assert seen.sure(3)[0] > 0.5, "what was not tried is believed as before"
+    cover = seen.cover(Plan("tidar", 8, 2, 2))
+    assert (cover.sure, cover.second) == seen.sure(2)
     assert seen.cover(Plan("tidar", 8, 2)).sure == 0
 
 
@@ -475,20 +583,39 @@ def test_a_sure_draft_says_nothing_of_others() -> None:
     import numpy as np
 
     told, apart = Acceptance(), Acceptance()
-    kinds, counts, accepted = np.array([1, 1, 0]), np.array([3, 3, 3]), np.array([2, 0, 1])
-    told.update(kinds, counts, accepted, np.array([True, False, True]))
+    kinds, counts, accepted = np.array([1, 1, 0, 2]), np.array([3, 3, 3, 1]), np.array([2, 0, 1, 1])
+    told.update(kinds, counts, accepted, np.array([2, 0, 1, 2]))
     apart.update(kinds, counts, accepted)
     change = apart._told - told._told
     wanted = np.zeros_like(change)
-    wanted[1, 1] = wanted[0, 1] = wanted[4, 1] = wanted[3, 1] = 1
+    for kind, place in ((1, 1), (1, 2), (0, 1), (2, 1)):  # the last had one draft
+        wanted[kind, place] = wanted[3 + kind, place] = 1
     assert change == pytest.approx(wanted)
+    alone = Acceptance()
+    alone.update(np.array([1]), np.array([1]), np.array([1]), np.array([2]))
+    assert alone._told[:, 1:].sum() == 0, "as long as no draft was ever second"
+
+
+def test_sure_drafts_are_counted_on() -> None:
+    import numpy as np
+
+    rates = np.full((3, 4), 0.5)
+    rates[:, 0] = 1
+    plan = Plan("tidar", 4, 4)
+    none = tokens_per_step(plan, rates, Cover(1.0, 1.0))
+    assert none == pytest.approx(1 + 0.5 + 0.25 + 0.125)
+    assert tokens_per_step(plan, rates, Cover(1.0, 1.0, 0.4, 0.2)) == pytest.approx(1 + 0.7 + (0.2 + 0.5 * 0.5) * 1.5)
 
 
 def test_the_planner_tells_sure_drafts(leaning: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told of each alternate that came, and not that the draft behind it stood."""
-    tried: list[tuple[int, list[int]]] = []
-    sure: list[list[bool]] = []
-    monkeypatch.setattr(Acceptance, "tried", lambda self, n, met, steps: tried.append((n, met.tolist())))
+    tried: list[tuple[int, list[int], list[int]]] = []
+    sure: list[list[int]] = []
+
+    def trying(self: Acceptance, n: int, met: Any, told: Any, steps: int) -> None:
+        tried.append((n, met.tolist(), told.tolist()))
+
+    monkeypatch.setattr(Acceptance, "tried", trying)
     real = Acceptance.update
 
     def noting(self: Acceptance, kinds: Any, counts: Any, accepted: Any, known: Any, steps: int) -> None:
@@ -502,16 +629,17 @@ def test_the_planner_tells_sure_drafts(leaning: CausalLM, monkeypatch: pytest.Mo
 
     policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
     shape = Shape(4, 2, 4, 3)
-    policy.learn(shape, Outcome([1, 2], [0, 0], [0, 1], [2, -1]))
-    policy.learn(shape, Outcome([3, 4], [0, 1], [0, 1], [-1, -1]))
-    policy.learn(shape, Outcome([4, 4], [0, 0], [0, 1], [-1, -1]))
-    assert tried == [(3, [2, -1]), (3, [-1]), (3, [-1, -1])], "not behind tails"
-    assert sure == [[False, False], [True, False], [False, False]]
+    policy.learn(shape, Outcome([1, 2], [0, 0], [0, 1], [0, -1], [2, 0]))
+    policy.learn(shape, Outcome([3, 4], [0, 1], [0, 1], [-1, 2], [0, 1]))
+    policy.learn(shape, Outcome([4, 4], [0, 3], [0, 1], [-1, -1], [0, 0]))
+    policy.learn(shape, Outcome([1, 1], [0, 0], [0, 0], [1, -1], [1, 0]))
+    assert tried == [(3, [0, -1], [2, 0]), (3, [-1, 2], [0, 1]), (3, [-1, -1], [0, 0]), (3, [1], [1])], "with drafts"
+    assert sure == [[0, 0], [2, 0], [0, 1], [0]]
 
 
 def test_counts_are_checked(qwen3: Model) -> None:
-    for wrong in (-1, 9, 1.5, True, None):
-        with pytest.raises(TidarError, match="alternates must be a number between 0 and 8"):
+    for wrong in (-1, 33, 1.5, True, None):
+        with pytest.raises(TidarError, match="alternates must be a number between 0 and 32"):
             TidarDecoder(qwen3.core, draft_len=4, alternates=wrong)  # type: ignore[arg-type]
     for method in ("linear", "auto"):
         with pytest.raises(TidarError, match="takes no proposals, alternates or beta"):
@@ -526,13 +654,13 @@ def test_rows_begin_without_those_of_others(leaning: CausalLM) -> None:
     params = [SamplingParams(max_new_tokens=60, ignore_eos=True)]
 
     def forwards(prompt: list[int]) -> int:
-        make = lambda: FastDecoder(engine, Fixed(4, 3, 8))  # noqa: E731
+        make = lambda: FastDecoder(engine, Fixed(4, 3, 9))  # noqa: E731
         return generation.generate(leaning, [prompt], params, make, 1)[0].forwards
 
     alone = [forwards(prompt) for prompt in PROMPTS]
     assert [forwards(prompt) for prompt in PROMPTS[::-1]] == alone[::-1]
     lists = engine.network.lists(engine._slots[0][0], 3, ranked=True)
-    assert bool(lists.runners.best(2).any())
+    assert bool(lists.runners.best()[0].any())
     with torch.inference_mode():
         engine._slots[0][0].open(PROMPTS[:1], params, [9], [[1]])
-    assert not bool(lists.runners.best(2).any())
+    assert not any(bool(each.any()) for each in lists.runners.best())

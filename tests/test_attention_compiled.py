@@ -19,9 +19,9 @@ from tidar.kernels import step_attention, workspace
 from tidar.kernels.attention_kernel import attention
 L, Hq, Hk, D, C, P, A = ({sizes} + (0,))[:7]
 plan = workspace.fixed_tiles(D, {size}) if {cached} else workspace.tiles(1, L, Hq, Hk, D, 2048, itemsize={size})
-M, names = (L - C) // P - A if P else 0, attention.arg_names
+M, names = (L - C - A) // P if P else 0, attention.arg_names
 q, k, every = Hq * D, Hk * D, (Hq + 2 * Hk) * D
-own = workspace.own_keys(plan, 0 if {cached} else C, M, P, Hq // Hk, P * A)
+own = workspace.own_keys(plan, 0 if {cached} else C, M, P, Hq // Hk, A)
 absent = ["sinks"]
 if {turn}:
     strides = [(L * every, every, D, 1)] * 3
@@ -30,7 +30,7 @@ if {turn}:
 else:
     strides = [(L * q, q, D, 1), (L * k, k, D, 1), (L * every, every, D, 1)]
     absent += ["q_norm", "k_norm", "cos", "sin"] + ["counts"] * (not {cached})
-fixed = dict(HEADS=Hk, GROUP=Hq // Hk, QUERIES=L, CAUSAL=C, BLOCK=M, OTHERS=P * A, EACH=A, LEVEL_STEP=P,
+fixed = dict(HEADS=Hk, GROUP=Hq // Hk, QUERIES=L, CAUSAL=C, BLOCK=M, OTHERS=A, PAIRS=A // 3, LEVEL_STEP=P + A,
     D=D, WIDTH=D, PAGE=64,
     WINDOW=0, SOFTCAP=False, ROWS=plan.rows, KEYS=plan.keys, SPLITS=plan.splits, OWN=own, PDL=1 + (plan.rows < 64),
     Q_STEPS=strides[0], K_STEPS=strides[1], V_STEPS=strides[2], PAGE_STEPS=(64 * k, k, D, 1), **dict.fromkeys(absent),
@@ -48,7 +48,7 @@ made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 open({path!r}, "wb").write(made.asm["cubin"])
 print(made.metadata.shared, plan.rows)
 """
-# L queries, Hq and Hk heads of width D, C causal queries, P blocks of masks, A alternates each; and the type.
+# L queries, Hq and Hk heads of width D, C causal queries, P blocks of masks, A alternates; and the type.
 STEP = {
     "1.5B": ((256, 12, 2, 128, 16, 15), "bf16"),
     "8B": ((256, 32, 8, 128, 16, 15), "bf16"),
@@ -63,9 +63,9 @@ TURNED = {
     for model, (shape, norm) in SHAPES.items()
     for queries, parts in QUERIES.items()
 } | {
-    "17M, 79, alternates": ((79, 6, 2, 64, 16, 3, 5), "bf16", True),
-    "17M, 32, alternates": ((32, 6, 2, 64, 8, 2, 4), "bf16", True),
-    "1.5B, 124, alternates": ((124, 12, 2, 128, 16, 6, 2), "bf16", False),
+    "17M, 80, alternates": ((80, 6, 2, 64, 16, 3, 16), "bf16", True),
+    "17M, 31, alternates": ((31, 6, 2, 64, 8, 2, 7), "bf16", True),
+    "1.5B, 128, alternates": ((128, 12, 2, 128, 16, 6, 16), "bf16", False),
     "D=256": ((256, 4, 2, 256, 16, 15), "bf16", True),
     "1.5B, float32": (*STEP["1.5B, float32"], True),
     "1.5B, a token, float32": ((1, 12, 2, 128, 1, 0), "fp32", False),

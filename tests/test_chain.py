@@ -22,7 +22,9 @@ triton = pytest.importorskip("triton", reason="the kernels need Triton: pip inst
 from test_kernels import _bfloat16_in_the_interpreter  # noqa: E402, F401
 
 from tidar.kernels import chain  # noqa: E402
+from tidar.kernels.reference_chain import Blocks  # noqa: E402
 from tidar.kernels.shortlists import Shortlists  # noqa: E402
+from tidar.proposals import KNOWN  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -266,25 +268,48 @@ def test_kernel_is_the_twin(case: Case) -> None:
             assert torch.equal(drafts, twin.chain(**given, chances=wanted))
             torch.testing.assert_close(chances, wanted, rtol=1e-5, atol=1e-7)
             assert torch.equal(chain.chain(**given, shortlists=lists), drafts), "nobody asks for chances"
-            assert torch.equal(lists.tokens.long(), twin.shortlist(given["base"], given["suppressed"]))
+            assert torch.equal(lists.tokens.long(), twin.shortlist(given["base"], given["suppressed"]).flatten(0, 1))
 
 
-@pytest.mark.parametrize("case", [Case(rows=2, places=3), Case(rows=3, places=2, temperature=(0.9, 0.0))])
-def test_rows_of_a_larger_batch(case: Case) -> None:
-    """Logits and states as the head leaves them, of which some rows are meant."""
-    given = case.tensors(1)
-    rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))[: case.rows * case.places]
-    chosen = {"rows": rows.view(case.rows, case.places).int().to(DEVICE)}
-    for name in ("base", "state"):
-        flat = torch.full((20, given[name].shape[2]), torch.nan, device=DEVICE)
-        flat[rows] = given[name].flatten(0, 1)
-        chosen[name] = flat
-    for module in (twin, chain):
-        results = []
-        for now in (given, given | chosen):
-            chances = torch.empty(case.rows, case.places, device=DEVICE)
-            results.append((module.chain(**now, chances=chances), chances))
-        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+@pytest.mark.parametrize("known", [None, (0, 1), (2, 4)])
+@pytest.mark.parametrize(("block", "behind"), [(0, 0), (1, 0), (1, 1), (0, 3)])
+@pytest.mark.parametrize("temperature", [(0.0,), (0.9, 0.0)])
+def test_blocks_of_a_step(
+    temperature: tuple[float, ...], block: int, behind: int, known: tuple[int, int] | None
+) -> None:
+    """Listed for all masks before it is known which draft; the twin is told which, and nothing before."""
+    first, masks, levels = 6, 5, torch.tensor([[1, 3], [2, 3]], device=DEVICE)
+    queries = first + 2 * masks
+    given = Case(places=queries, temperature=temperature, vocab=700).tensors(block + behind)
+    given["base"][:, :first] = torch.nan  # nobody drafts from these
+    base, state = given.pop("base").flatten(0, 1), given.pop("state").flatten(0, 1)
+    place = torch.arange(1, masks, device=DEVICE) + behind
+    states = first + block * masks + place.clamp(max=masks - 1).repeat(2, 1)
+    states += queries * torch.arange(2, device=DEVICE)[:, None]
+    names = "temperature", "seed", "sampling"
+    noise = {name: given[name] for name in names}
+    drafting = {"made": (place < masks).repeat(2, 1), "lengths": given["lengths"] + levels[:, block].int() + behind}
+    drafting |= {"rows": states.int(), "offset": 1}
+    if known is not None:
+        drafting["given"] = torch.tensor(known, dtype=torch.int32, device=DEVICE)
+    found = []
+    for module, lists in (
+        (twin, twin.PlainLists.of(2, masks - 1, ranked=False, device=DEVICE)),
+        (chain, Shortlists.for_step(2, masks - 1, states=len(base), device=DEVICE)),
+    ):
+        blocks, options = Blocks(queries, first, masks, levels), {"lengths": given["lengths"], "offset": 0}
+        module.prepare(base, given["suppressed"], lists, blocks, **noise, **options, beside=True)
+        out = torch.full((2, masks + 1), 33, device=DEVICE)
+        chances = torch.full((2, masks - 1), -7.0, device=DEVICE)
+        results = {"out": out[:, 1:-1], "chances": chances, "shortlists": lists}
+        module.chain(base, state, **(given | drafting), **results)
+        found.append((out, chances))
+    (plain, wanted), (drafts, chances) = found
+    assert torch.equal(drafts, plain) and bool((drafts[:, [0, -1]] == 33).all())
+    torch.testing.assert_close(chances, wanted, rtol=1e-2, atol=1e-4)
+    for row, count in enumerate(known or (0, 0)):
+        assert (drafts[row, 1 : 1 + count] == 33).all() and (chances[row, :count] == KNOWN).all()
+        assert not drafts[row, 1 + max(count, masks - 1 - behind) : -1].any()
 
 
 @pytest.mark.slow

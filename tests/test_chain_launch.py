@@ -47,7 +47,7 @@ def test_many_equals(case: Case) -> None:
         given["base"].round_()
         given["mix"].round_()[:, 1:] = 0
         assert torch.equal(computed(case, given, lists), twin.chain(**given))
-        assert torch.equal(lists.tokens.long(), twin.shortlist(given["base"], given["suppressed"]))
+        assert torch.equal(lists.tokens.long(), twin.shortlist(given["base"], given["suppressed"]).flatten(0, 1))
 
 
 def test_nan_neither_hangs_nor_stays() -> None:
@@ -74,7 +74,6 @@ def test_what_nobody_made_is_not_read() -> None:
 
 def test_memory_made_anew() -> None:
     given = Case(rows=1, temperature=(1.0,)).tensors()
-    given["made"] = given["made"].to(torch.int8)
     assert follows(given, chain.chain(**given))
 
 
@@ -171,6 +170,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({"temperature": torch.zeros(2, dtype=torch.long)}, "floating point"),
     "suppressed": ({"suppressed": torch.zeros(77, dtype=torch.int64)}, "bool"),
     "made": ({"made": torch.zeros(2, 4, dtype=torch.bool)}, "made must be"),
+    "made of numbers": ({"made": torch.zeros(2, 5, dtype=torch.int8)}, "made must be"),
+    "given nothing": ({"given": torch.zeros(2, dtype=torch.int32)}, "given must be"),
+    "given": ({"given": torch.zeros(2), "out": torch.zeros(2, 5, dtype=torch.int64)}, "given must be"),
     "temperature": ({"temperature": torch.zeros(3)}, "temperature"),
     "first": ({"first": torch.zeros(2, 1, dtype=torch.int64)}, "first"),
     "seed": ({"seed": torch.zeros(2, dtype=torch.int32)}, "seed"),
@@ -183,7 +185,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"base": torch.zeros(9, 77), "state": torch.zeros(9, 24), "rows": torch.zeros(2, 5, dtype=torch.int64)},
         "rows must be",
     ),
+    "rows without lists": (
+        {"base": torch.zeros(9, 77), "state": torch.zeros(9, 24), "rows": torch.zeros(2, 5, dtype=torch.int32)},
+        "must have been prepared",
+    ),
     "shortlists": ({"shortlists": Shortlists.for_step(2, 4, device=DEVICE)}, "shortlists were made for"),
+    "lists of few": (
+        {
+            "base": torch.zeros(19, 77),
+            "state": torch.zeros(19, 24),
+            "rows": torch.zeros(2, 5, dtype=torch.int32),
+            "shortlists": Shortlists.for_step(2, 5, states=18, device=DEVICE),
+        },
+        "shortlists were made for",
+    ),
 }
 
 
@@ -207,17 +222,17 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tidar.kernels import chain
+from tidar.kernels import chain, chain_kernel
 from tidar.kernels.reference_chain import DEALT, GROUPS, KEPT, lanes
 dealt = dict(VOCAB={vocab}, GROUPS=GROUPS, LANES=lanes({vocab}), TOGETHER=chain.TOGETHER, KEPT=KEPT, DEALT=DEALT)
-dealt["num_warps"] = chain.TOGETHER
-follow = dict(SURE=2, KNOWN=0.9) if {ranked} else dict(SURE=2, KNOWN=0.9, choices=None, came_from=None)
-follow |= dict(made_place=1, out_place=1, chance_place=1, **chain.sizes({places}, KEPT * GROUPS, 256, {size}))
+dealt |= dict(num_warps=chain.TOGETHER, STRIDE=16, FIRST=32, QUERIES=80, BESIDE={ranked})
+follow = dict(KNOWN=0.9) if {ranked} else dict(KNOWN=0.9, choices=None, came_from=None, its_list=None, given=None)
+follow |= dict(made_place=1, out_place=1, chance_place=1, **chain.sizes({rows}, {places}, KEPT * GROUPS, 256, {size}))
 types = dict(base="*fp32", state="*fp32", first="*i64", made="*i8", token_table="*{dtype}", mix="*{dtype}",
     suppressed="*i1", temperature="*fp64", seed="*i64", lengths="*i32", out="*i64", tokens="*i32", scores="*fp32",
     noise="*fp32", following="*i64", choices="*fp32", came_from="*i32", arrived="*i32",
-    chances="*fp32", chosen_rows="*i32")
-for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
+    chances="*fp32", chosen_rows="*i32", its_list="*i32", given="*i32", levels="*i64")
+for kernel, fixed in ((chain_kernel.shortlist, dealt), (chain_kernel.follow, follow)):
     options = {{n: fixed.pop(n) for n in ("num_warps", "num_stages") if n in fixed}}
     fixed |= dict(SAMPLING={sampling}, PDL=1)
     names = kernel.arg_names
@@ -230,9 +245,12 @@ for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
     path = {path!r} + "/" + made.metadata.name
     open(path, "wb").write(made.asm["cubin"])
     ptx = made.asm["ptx"]
-    before, _ = ptx.split("griddepcontrol.wait;")
-    touched = [n for n in ("ld.global", "st.global", "cp.async", "atom.", "red.") if n in before]
+    before, behind = ptx.split("griddepcontrol.wait;")
+    beside = fixed.get("BESIDE", False)
+    kinds = "ld.global", "st.global", "cp.async", "atom.", "red."
+    touched = [n for n in kinds if n in (behind if beside else before)]
     assert not touched, touched
+    assert not beside or "cp.async.ca" not in ptx, "what others wrote is read past the L1 cache"
     print(path, made.metadata.shared, ptx.count("cp.async.cg"), ptx.count("wgmma.mma_async"), ptx.count("redux.sync"))
 """
 
@@ -240,19 +258,28 @@ for kernel, fixed in ((chain._shortlist, dealt), (chain._follow, follow)):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize(
-    ("vocab", "places", "dtype", "ranked"),
+    ("vocab", "rows", "places", "dtype", "ranked"),
     [
-        (4096, 15, "bf16", False),
-        (4096, 15, "bf16", True),
-        (4096, 63, "fp16", True),
-        (4096, 15, "fp32", True),
-        (151_936, 3, "bf16", False),
+        (4096, 2, 15, "bf16", False),
+        (4096, 1, 15, "bf16", True),
+        (4096, 2, 15, "bf16", True),
+        (4096, 1, 63, "fp16", True),
+        (4096, 1, 15, "fp32", True),
+        (4096, 2, 15, "fp32", True),
+        (151_936, 8, 3, "bf16", False),
     ],
 )
 def test_compiles_for_hopper_without_spilling(
-    vocab: int, places: int, dtype: str, ranked: bool, sampling: bool, tmp_path: Path
+    vocab: int, rows: int, places: int, dtype: str, ranked: bool, sampling: bool, tmp_path: Path
 ) -> None:
-    given = {"vocab": vocab, "places": places, "dtype": dtype, "ranked": ranked, "size": 4 if dtype == "fp32" else 2}
+    given = {
+        "vocab": vocab,
+        "rows": rows,
+        "places": places,
+        "dtype": dtype,
+        "ranked": ranked,
+        "size": 4 if dtype == "fp32" else 2,
+    }
     (tmp_path / "compile.py").write_text(COMPILE.format(**given, sampling=sampling, path=str(tmp_path)))
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, tmp_path / "compile.py"], env=env, capture_output=True, text=True)
@@ -270,7 +297,7 @@ def test_compiles_for_hopper_without_spilling(
     # Logarithms in float64 are slow: a thread computes noise for one token, and where there is none, for none.
     assert (0 < read("nvdisasm", "-c", lists).count("DFMA") < 200) == sampling
     assert shared <= 227 * 1024 and copies > 0
-    assert (products > 0) == (dtype != "fp32"), "Hopper's matrix instructions"
+    assert (products > 0) == (dtype != "fp32" and rows * places > 16), "Hopper's matrix instructions"
     # The memory order of the counter: successors are stored before it is added to, and look-ups, which go through the
     # L1 cache, find there no line that is older.
     code = read("nvdisasm", "-c", follow)

@@ -21,7 +21,8 @@ from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy
 from tidar.errors import TidarError
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
-from tidar.fast.step import Flags, Step
+from tidar.fast.network import Flags
+from tidar.fast.step import Step
 from tidar.kernels import reference
 from tidar.kernels.product_tiles import fixed_tiles
 from tidar.kernels.workspace import Tiles, Workspace

@@ -28,9 +28,10 @@ from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES
+from tidar.fast.network import Flags, Network
 from tidar.fast.pages import PAGE, Pages
 from tidar.fast.slots import Slots
-from tidar.fast.step import Flags, Network, Step
+from tidar.fast.step import Step
 
 PROMPTS = [
     list(b"def add(a, b):"),

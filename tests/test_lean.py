@@ -21,7 +21,8 @@ from tidar.errors import TidarError
 from tidar.fast import ops
 from tidar.fast.engine import Engine
 from tidar.fast.lean import FAMILIES, LeanModel
-from tidar.fast.step import Flags, Step
+from tidar.fast.network import Flags
+from tidar.fast.step import Step
 from tidar.model import CausalLM
 
 KERNELS = ops.load(plain=True)

@@ -75,8 +75,9 @@ def simulated(plan: Plan, rates: Rates, cover: Cover, steps: int) -> float:
     for _ in range(steps):
         n, kind = 1, 2 if behind else 0 if unlikely else 1
         likely, covered = (float(np.broadcast_to(each, k + 1)[k if kind == 1 else behind]) for each in cover[:2])
-        sure = kind < 2 and draw.random() < cover.sure
-        while behind + n < k and ((sure and n == 1) or draw.random() < rates[kind, n]):
+        luck = draw.random()
+        sure = (luck < cover.sure) + (luck < cover.second)
+        while behind + n < k and (n <= sure or draw.random() < rates[kind, n]):
             n += 1
         made += n
         came = draw.random()
@@ -92,7 +93,8 @@ RISING = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.6])
 
 
 @pytest.mark.parametrize(
-    "cover", [(1, 1), (0.6, 1), (0.6, 0.6), (0.3, 0.8), (0, 0), (RISING / 2, RISING), (0.3, 0.8, 0.5), (1, 1, 1)]
+    "cover",
+    [(1, 1), (0.6, 1), (0.6, 0.6), (0.3, 0.8), (0, 0), (RISING / 2, RISING), (0.3, 0.8, 0.5, 0.2), (1, 1, 1, 1)],
 )
 @pytest.mark.parametrize("proposals", [1, 2, 5, 7, 8])
 @pytest.mark.parametrize("rates", [FALLING, even(0.3, 8), even(1, 8)], ids=["falling", "poor", "perfect"])
@@ -405,8 +407,8 @@ def came(shape: Shape, chance: random.Random) -> Outcome:
     """Anything that may come in a row."""
     n = chance.randint(1, shape.drafts)
     behind = chance.choice([*range(min(n, shape.masks)), shape.masks]) if shape.proposals else shape.masks
-    met = chance.randrange(-1, shape.alternates) if behind == 0 else -1
-    return Outcome([n], [behind], [chance.randrange(shape.drafts)], [met])
+    met = chance.randrange(-1, shape.alternates)
+    return Outcome([n], [behind], [chance.randrange(shape.drafts)], [met], [chance.randint(1, 2) if met >= 0 else 0])
 
 
 class Told(Acceptance):
@@ -424,9 +426,9 @@ class Told(Acceptance):
         self.rows["placed"] += zip(outcomes.tolist(), places.tolist(), strict=True)
         super().placed(outcomes, places, steps)
 
-    def tried(self, alternates: int, met: Any, steps: int = 1) -> None:
-        self.rows["tried"] += [(alternates, each) for each in met.tolist()]
-        super().tried(alternates, met, steps)
+    def tried(self, alternates: int, met: Any, told: Any, steps: int = 1) -> None:
+        self.rows["tried"] += [(alternates, *each) for each in zip(met.tolist(), told.tolist(), strict=True)]
+        super().tried(alternates, met, told, steps)
 
 
 @pytest.mark.parametrize("every", [2, 8, 100])
@@ -480,7 +482,7 @@ def test_what_comes_of_no_drafts_is_no_surprise(monkeypatch: pytest.MonkeyPatch)
     told: list[list[int]] = []
     monkeypatch.setattr(Acceptance, "update", lambda self, kinds, *_: told.append(kinds.tolist()))
     one, check, draft = Shape(16, 1, 16), Shape(16, 0, 16), Shape(1, 1, 16)
-    unlikely, sure = Outcome([3], [16], [9], [-1]), Outcome([1], [0], [0], [-1])
+    unlikely, sure = Outcome([3], [16], [9], [-1], [0]), Outcome([1], [0], [0], [-1], [0])
     for steps in ([(one, unlikely), (one, sure), (one, sure)], [(check, unlikely), (draft, sure), (check, sure)]):
         policy = Planning(16, list(few(16)))
         policy.open(1)
@@ -505,7 +507,7 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)
         for step in range(1, REPLAN + 2):
-            policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0], [-1]))
+            policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0], [-1], [0]))
             assert len(looked) <= step * most
         assert set(looked) == set(plans)
         assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)

@@ -268,8 +268,8 @@ def test_one_after_another_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
         able = enabled and not interpreted
         with pdl.overlapping(enabled):
-            for late, constant in ((False, 1), (True, 2)):
-                assert pdl.options(device, late=late) == {"PDL": able * constant, "launch_pdl": able}
+            for when, constant in ((pdl.EARLY, 1), (pdl.LATE, 2), (pdl.THEN, 3)):
+                assert pdl.options(device, when=when) == {"PDL": able * constant, "launch_pdl": able}
     pdl._able.cache_clear()
 
 

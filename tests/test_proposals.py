@@ -29,7 +29,7 @@ from tidar.fast.engine import MOST, Engine
 from tidar.fast.lean import Hidden, LeanModel
 from tidar.fast.step import Step
 from tidar.kernels import reference_step as plain
-from tidar.kernels.reference_step import Picking
+from tidar.kernels.reference_step import HEAD, Picking
 from tidar.proposals import chance, check_proposals, levels, outcomes, ranks
 
 PROMPTS = [list(b"def f(x):\n    return x"), list(b"a"), list(b"class A:\n")]
@@ -211,11 +211,14 @@ def test_accept_by_hand() -> None:
         ints = [torch.zeros(5, dtype=torch.int32, device=DEVICE) for _ in range(3)]
         ring = torch.zeros(2, 5, 9, dtype=torch.int32, pin_memory=DEVICE == "cuda")
         given_ = [sampled, drafts.clone(), ints[0], ints[1] + 99, ints[2], ring, torch.zeros_like(ints[0][:1])]
-        _, made = module.accept(*given_, levels=chosen, places=places, masks=4, queries=12)
+        _, made, _ = module.accept(*given_, levels=chosen, places=places, masks=4, queries=12)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        assert ring[0, :, :4].tolist() == [[*row, -1] for row in zip(stand, behind, came, strict=True)]
-        assert [row[4 : 4 + n] for row, n in zip(ring[0].tolist(), stand, strict=True)] == [
+        assert (
+            ring[0, :, :4].tolist() == [[*row, -1] for row in zip(stand, behind, came, strict=True)]
+            and not ring[0, :, 4].any()
+        )
+        assert [row[HEAD : HEAD + n] for row, n in zip(ring[0].tolist(), stand, strict=True)] == [
             sampled[row, :n].tolist() for row, n in enumerate(stand)
         ]
         assert made.sum(1).tolist() == [max(0, 3 - late) for late in behind]
@@ -259,7 +262,7 @@ def test_confident_drafts_meet_what_comes(qwen3: Model, trust: bool) -> None:
     decoder = Sure(qwen3.core, draft_len=6, proposals=1, truth=truth, trust=trust)
     found = generation.generate(qwen3.core, prompts, [params] * 3, lambda: decoder, 3)
     assert [c.token_ids for c in found] == [text[:70] for text in ahead]
-    came = [(n, late, place) for each in decoder.came for n, late, place, _ in zip(*each, strict=True)]
+    came = [(n, late, place) for each in decoder.came for n, late, place, *_ in zip(*each, strict=True)]
     assert {n for n, *_ in came} == set(range(1, 7))
     met = [late == 0 and place == 0 for _, late, place in came]
     assert all(met) if trust else sum(met) < 0.5 * len(met)
@@ -432,15 +435,18 @@ def test_runners_up_stay_with_their_drafts(converted: Callable[[str], Path]) -> 
     params = [SamplingParams(max_new_tokens=50)]
     slots, other = (engine.open(user, PROMPTS[:1], params)[0] for user in (engine, params[0]))
     lists = engine.network.lists(slots, 3, ranked=True)
+    kept = (lists.runners.tokens, lists.runners.followers)
 
     def left(change: Callable[[], object]) -> bool:
-        lists.tokens.fill_(3)
+        for each in kept:
+            each.fill_(3)
         change()
-        return bool(lists.tokens.any())
+        return any(bool(each.any()) for each in kept)
 
     def measured() -> None:
         with slots.untouched():
-            lists.tokens.fill_(4)
+            for each in kept:
+                each.fill_(4)
 
     assert left(lambda: None)
     assert not left(measured)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 from tidar.kernels import reference_step as plain
+from tidar.kernels.reference_step import HEAD
 
 pytest.importorskip("triton")
 from tidar.kernels import accept as fused
@@ -152,16 +153,16 @@ def test_accept(picked: str, masks: int, bad: int, ranked: bool) -> None:
     places = torch.stack([torch.randperm(k, generator=torch.Generator().manual_seed(row)) for row in range(rows)])
     outcomes = []
     for run in (plain.accept, fused.accept):
-        state = {
+        state: dict[str, Any] = {
             "drafts": drafts.clone(),
             "lengths": ints(5, 6, 7, 8, 3),
             "limits": ints(99, 99, 99, 10, 3),
             "tickets": ints(0, 1, 2, 3, 6),
-            "ring": torch.full((4, rows, 4 + most), -9, dtype=torch.int32, pin_memory=DEVICE == "cuda"),
+            "ring": torch.full((4, rows, HEAD + most), -9, dtype=torch.int32, pin_memory=DEVICE == "cuda"),
             "bad": ints(bad),
             "seen": torch.zeros(rows, vocab, dtype=torch.bool, device=DEVICE),
         }
-        states, made = run(
+        states, made, _ = run(
             sampled.contiguous(),
             **state,
             levels=torch.tensor(levels, dtype=torch.long, device=DEVICE),
@@ -184,8 +185,8 @@ def test_accept(picked: str, masks: int, bad: int, ranked: bool) -> None:
         level = max((level for level in levels[row] if level <= n), default=None)
         behind = masks if level is None else n - level
         place = int(places[row, n - 1]) if ranked else -9
-        assert entry[: 4 + n] == [-1 if bad else n, behind, place, -1, *sampled[row, :n].tolist()]
-        assert entry[4 + n :] == [-9] * (most - n)
+        assert entry[: HEAD + n] == [-1 if bad else n, behind, place, -1, 0, *sampled[row, :n].tolist()]
+        assert entry[HEAD + n :] == [-9] * (most - n)
         assert got["drafts"][row].tolist() == [int(sampled[row, n - 1]), *drafts[row, 1:].tolist()]
         assert set(got["seen"][row].nonzero().flatten().tolist()) == set(sampled[row, :n].tolist())
         for j in range(1, masks if levels[row] else 1):

@@ -86,7 +86,7 @@ class Model:
             draft_len: drafts a step, or the most for ``auto``; by default the longest the model was trained for.
             proposals: for how many numbers of accepted drafts to draft ahead, among 1 … draft_len: the likeliest ones,
                 picked anew in every step; all by default.
-            alternates: how many other tokens to try behind the drafts of each proposal, at most
+            alternates: how many other tokens to try behind drafts, the likeliest ones, at most
                 `tidar.proposals.MOST_ALTERNATES`.
             acceptance: ``gumbel`` or ``ratio`` (the min(1, p/q) rule: the same distribution, other tokens).
             beta: below 1 trusts the drafts and is lossy.

@@ -83,7 +83,7 @@ class Decoding:
     proposals: Annotated[int | None, arg(metavar="P")] = None
     """For how many numbers of accepted drafts to draft ahead, among 1 … K: the likeliest ones; all by default."""
     alternates: Annotated[int, arg(metavar="A")] = 0
-    """How many other tokens to try behind the drafts of each proposal."""
+    """How many other tokens to try behind drafts: the likeliest ones."""
     acceptance: Literal["gumbel", "ratio"] = "gumbel"
     """`ratio` is the min(1, p/q) rule: the same distribution, other tokens."""
     beta: float = 1.0

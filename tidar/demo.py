@@ -177,7 +177,7 @@ def candidates(longest: int, *, captured: bool = False) -> Iterator[Drafting]:
             if count <= k:
                 yield Drafting(draft_len=k, proposals=count)
         if 4 <= k <= 8:
-            yield Drafting(draft_len=k, proposals=2, alternates=2)
+            yield Drafting(draft_len=k, proposals=2, alternates=4)
 
 
 def fastest(model: Model) -> Drafting:

@@ -6,8 +6,7 @@ slots**: one causal, one block.
 
 - training  ``[x_1 … x_S | mask × S]``: a mask's causal run ends where its block begins (paper, section 3.1)
 - prefill   ``[prompt | mask × k]``: the masks are the first draft (paper, section 3.2)
-- step      ``[d_1 … d_k | mask × k | … ]``: block j drafts for "exactly j of the drafts accepted" (Figure 3); between
-  them may stand alternates, clean tokens that each continue some of the drafts
+- step      ``[d_1 … d_k | alternates | mask × k | … ]``: block j drafts for "exactly j drafts accepted" (Figure 3)
 - causal    ordinary autoregressive decoding
 - rollout   one token of many blocks, each continued from its own prefix of a text (training on the model's words)
 - masks     a run of the masks of `training`, alone, behind keys of the clean half that are already there
@@ -144,16 +143,17 @@ def step(
     levels: Tensor | Sequence[int] | None = None,
     masks: int | None = None,
     *,
-    alternates: int = 0,
+    alternates: Sequence[int] | Tensor = (),
+    pairs: int = 0,
     device: torch.device | str = "cpu",
 ) -> Layout:
-    """``[d_1 … d_k | A alternates a proposal | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3 has
-    ``k(k+1)`` queries, none of them alternates).
+    """``[d_1 … d_k | A alternates | M masks a proposal]`` after ``lengths[b]`` cached tokens (Figure 3 has ``k(k+1)``
+    queries, none of them alternates).
 
     A proposal of level j assumes that exactly j drafts are accepted: its masks stand at positions P+j … P+j+M-1, see
-    the prefix and d_1 … d_j, and each other. Each of its alternates stands at position P+j, behind d_j in place of
-    d_j+1, and sees the prefix, d_1 … d_j and itself. Read are all drafts and alternates and, of each proposal, all
-    masks but the first: the token after the last accepted draft is the autoregressive one.
+    the prefix and d_1 … d_j, and each other. An alternate of level j stands at P+j, behind d_j in place of d_j+1, and
+    sees the prefix, d_1 … d_j and itself; the second of a pair stands at P+j+1 and sees the first too. Read are all
+    drafts and alternates and, of each proposal, all masks but the first: that token is the autoregressive one.
 
     Args:
         lengths: committed tokens of each row, P.
@@ -161,41 +161,41 @@ def step(
         levels: which of 1 … k to draft for, (B, P) integers or the same for all rows; all by default. A tensor's values
             are not checked.
         masks: M, of a proposal; as many as drafts by default.
-        alternates: A, of a proposal.
+        alternates: levels of the alternates, as ``levels``; they begin with so many ``pairs``, of one level each.
 
     Raises:
         TidarError: no drafts, or levels outside 1 … k.
     """
-    width = k if masks is None else masks
     if k < 1:
         raise TidarError(f"draft length must be at least 1, not {k}")
-    if levels is None:
-        levels = range(1, k + 1)
-    if not isinstance(levels, Tensor):
-        if not all(1 <= level <= k for level in levels):
-            raise TidarError(f"levels must lie between 1 and the draft length {k}, not {list(levels)}")
-        levels = torch.tensor(list(levels), dtype=torch.long, device=device)
-    base = torch.tensor(lengths, device=device)[:, None]
-    draft = torch.arange(k, device=device).expand(len(lengths), k)
-    level = levels.expand(len(lengths), levels.shape[-1])
-    other, accepted = level.repeat_interleave(alternates, 1), level.repeat_interleave(width, 1)
-    place = torch.arange(width, device=device).repeat(levels.shape[-1])
-    clean = k + other.shape[1]
-    queries = clean + accepted.shape[1]
+    width, rows = k if masks is None else masks, len(lengths)
+    level = _levels(range(1, k + 1) if levels is None else levels, k, rows, device)
+    other, accepted = _levels(alternates, k, rows, device), level.repeat_interleave(width, 1)
+    base, draft = torch.tensor(lengths, device=device)[:, None], torch.arange(k, device=device).expand(rows, k)
+    place = torch.arange(width, device=device).repeat(level.shape[1])
+    clean, queries = k + other.shape[1], k + other.shape[1] + accepted.shape[1]
     slots = base + torch.arange(queries, device=device)
-    alone = slots[:, k:clean]
-    block_first = torch.cat([torch.zeros_like(draft), alone, slots[:, clean:] - place], 1)
+    alone, second = slots[:, k:clean], torch.arange(clean - k, device=device) % 2
+    second[2 * pairs :] = 0
+    block_first = torch.cat([torch.zeros_like(draft), alone - second, slots[:, clean:] - place], 1)
     block_end = torch.cat([torch.zeros_like(draft), alone + 1, slots[:, clean:] - place + width], 1)
-    read_masks = torch.arange(clean, queries, device=device)[place > 0]
     return Layout(
-        positions=base + torch.cat([draft, other, accepted + place], 1),
+        positions=base + torch.cat([draft, other + second, accepted + place], 1),
         slots=slots,
         causal=_run(0, base + torch.cat([draft + 1, other, accepted], 1), slots.shape),
         block=torch.stack([block_first, block_end], -1),
         clean=clean,
-        rows=torch.cat([torch.arange(clean, device=device), read_masks]),
+        rows=torch.cat([torch.arange(clean, device=device), torch.arange(clean, queries, device=device)[place > 0]]),
         kv_len=max(lengths) + queries,
     )
+
+
+def _levels(given: Sequence[int] | Tensor, k: int, rows: int, device: torch.device | str) -> Tensor:
+    if not isinstance(given, Tensor):
+        if not all(1 <= level <= k for level in given):
+            raise TidarError(f"levels must lie between 1 and the draft length {k}, not {list(given)}")
+        given = torch.tensor(list(given), dtype=torch.long, device=device)
+    return given.expand(rows, given.shape[-1])
 
 
 def packed(starts: Tensor) -> Layout:

@@ -4,21 +4,28 @@ The paper drafts for every outcome, K blocks of masks (section 3.2). Most of the
 doubtful and the rest are not, two blocks meet nearly every outcome. So P of the K outcomes are picked anew in every
 step. What is picked changes how many drafts stand, never a token.
 
-Shapes: B rows, K drafts (the certain token among them), P proposals.
+Shapes: B rows, K drafts (the certain token among them), P proposals, A alternates.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tidar.errors import TidarError
 
-__all__ = ["KNOWN", "MOST_ALTERNATES", "chance", "check_alternates", "check_proposals", "levels", "outcomes", "ranks"]
+__all__ = [
+    "KNOWN", "MOST_ALTERNATES", "RUNNERS_UP", "SHARES", "alternates", "chance", "check_alternates", "check_proposals",
+    "levels", "outcomes", "paired", "ranks",
+]  # fmt: skip
 
-MOST_ALTERNATES = 8
+MOST_ALTERNATES = 32
 """A, at most."""
-
+SHARES = (0.33, 0.12, 0.075, 0.05)
+"""How often, about, each token that came next after a draft that fell is the one in its place, the best first."""
+RUNNERS_UP = len(SHARES)
+"""Such tokens of a draft that may become alternates."""
 
 KNOWN = 0.9
 """Chance of a draft that an alternate told. The check has filters and penalties, the draft may have none, so some fall;
@@ -75,6 +82,30 @@ def ranks(chances: Tensor) -> Tensor:
     here, there = likely[:, :, None], likely[:, None, :]
     earlier = torch.ones(likely.shape[1], likely.shape[1], dtype=torch.bool, device=likely.device).tril(-1)
     return ((there > here) | ((there == here) & earlier)).sum(2)
+
+
+def alternates(likely: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which tokens to try behind which drafts, the likeliest pairs of an outcome and a token first.
+
+    Args:
+        likely: (B, K) probabilities of the outcomes, as of `outcomes`.
+        count: A.
+
+    Returns:
+        levels: (B, A) int64 in 1 … K - 1, the drafts before each alternate; none stands behind all.
+        ranks: (B, A) int64, which of the tokens that came next after the draft behind those it is, from 0. Where there
+            are no more pairs, the first one again.
+    """
+    worth = (likely[:, :-1, None] * likely.new_tensor(SHARES)).flatten(1)
+    order = worth.argsort(dim=1, descending=True, stable=True)[:, :count]
+    order = pad(order, (0, count - order.shape[1]))
+    return order // RUNNERS_UP + 1, order % RUNNERS_UP
+
+
+def paired(firsts: Tensor, seconds: Tensor, pairs: int) -> Tensor:
+    """The first ``pairs`` of ``firsts`` (B, A), each before its own of ``seconds``, then the other ``firsts``."""
+    both = torch.stack([firsts[:, :pairs], seconds[:, :pairs]], 2).flatten(1)
+    return torch.cat([both, firsts[:, pairs:]], 1)
 
 
 def levels(places: Tensor, count: int) -> Tensor:

@@ -22,8 +22,8 @@ from tidar.decode.plan import Shape, drafted, few, shapes
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.engine import Engine
+from tidar.fast.network import Flags
 from tidar.fast.slots import Slots
-from tidar.fast.step import Flags
 from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
 

@@ -14,8 +14,10 @@ __all__ = ["AR", "SINGLE", "Outcome", "Plan", "Shape", "candidates", "drafted", 
 
 TILE = 16
 """Queries of a step that cost about as much as one more."""
-ENOUGH = 4
-"""Alternates from which on another one comes in a few steps of a hundred."""
+LITTLE = 6
+"""Queries of alternates that are not worth a plan of their own."""
+ENOUGH = 16
+"""Alternates from which on another one comes in one step of a hundred."""
 
 
 class Shape(NamedTuple):
@@ -28,12 +30,22 @@ class Shape(NamedTuple):
     masks: int
     """M, of each proposal."""
     alternates: int = 0
-    """A, of each proposal."""
+    """A, the likeliest (`tidar.proposals.alternates`)."""
+
+    @property
+    def pairs(self) -> int:
+        """Alternates, the likelier half, that are followed by what would have been drafted behind them."""
+        return self.alternates // 2
+
+    @property
+    def others(self) -> int:
+        """Queries between drafts and masks."""
+        return self.alternates + self.pairs
 
     @property
     def queries(self) -> int:
         """L."""
-        return self.drafts + self.proposals * (self.alternates + self.masks)
+        return self.drafts + self.others + self.proposals * self.masks
 
 
 class Outcome(NamedTuple):
@@ -46,8 +58,10 @@ class Outcome(NamedTuple):
     places: Sequence[int]
     """Of this outcome, from 0, when the likeliest come first (`tidar.proposals.ranks`)."""
     met: Sequence[int]
-    """Which of the outcome's alternates, from 0, the token behind the drafts is: then the next first draft is sure. -1
-    if none is."""
+    """Which of the alternates, from 0, the token behind the drafts is: then the next first draft is sure. -1 if none
+    is."""
+    sure: Sequence[int]
+    """Drafts that alternates told, 0 to 2."""
 
 
 SINGLE = Shape(1, 0, 1)
@@ -62,7 +76,7 @@ class Plan:
         method: ``ar``, ``linear`` or ``tidar``.
         draft_len: K, tokens verified together; also the masks of a proposal.
         proposals: P, of ``tidar``.
-        alternates: A, of each proposal.
+        alternates: A.
     """
 
     method: str
@@ -96,10 +110,11 @@ def candidates(longest: int) -> Iterator[Plan]:
 
 
 def filled(draft_len: int, proposals: int) -> Plan:
-    """With as many alternates as the last tile of a step's queries has room for, one at least and `ENOUGH` at most."""
-    least = draft_len + proposals * (draft_len + 1)
-    room = -least % TILE
-    return Plan("tidar", draft_len, proposals, min(ENOUGH, 1 + room // proposals))
+    """With as many alternates as fill the last tile of a step's queries, or where that is little another one; `ENOUGH`
+    at most."""
+    room = -draft_len * (1 + proposals) % TILE
+    room += TILE * (room < LITTLE)
+    return Plan("tidar", draft_len, proposals, min(ENOUGH, (2 * room + 1) // 3))  # half of them take two queries
 
 
 def drafted(proposals: int, alternates: int = 0) -> str:
@@ -119,7 +134,7 @@ def few(longest: int) -> Iterator[Plan]:
         some = {k - 1} | ({3, 1} if k > longest // 4 else set()) | ({2} if k == longest > 2 else set())
         for count in sorted((n for n in some if n < k), reverse=True):
             yield Plan("tidar", k, count)
-        for count in sorted({n for n in (k // 3 + 1, k // 4 - 1, 2) if 2 <= n < k}, reverse=True):
+        for count in sorted({n for n in (max(3, k // 4 - 1), 2) if n < k}, reverse=True):
             yield filled(k, count)
         if k > longest // 4:
             yield Plan("linear", k)

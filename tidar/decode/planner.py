@@ -45,9 +45,9 @@ LIKELY = 0.2
 """The share of all outcomes, the likeliest, that are no surprise: they cover some three quarters."""
 BELOW = 2 / 3
 """How often an outcome that was not drafted for lies below all that were; 1 is as often as if these stood anywhere."""
-OTHERWISE, FEWER = 0.32, 0.45
-"""How often the first alternate of an outcome is believed to be the token behind it, before any is seen; and each other
-one as a share of the one before it."""
+OTHERWISE, FEWER, SECOND = 0.19, 1.2, 0.5
+"""How often the first alternate is believed to be the token behind the drafts, before any is seen; the power by which
+the n-th is less often; and how often the second of a pair is the token behind that."""
 KINDS = 3
 UNLIKELY, FRESH, TAILS = range(KINDS)
 """Kinds of drafts: fresh ones behind an unlikely outcome, other fresh ones, and tails."""
@@ -68,11 +68,13 @@ class Acceptance:
         self._covered: Rates = PRIOR[1] * (1 - (1 - GRID) ** COVER)
         self._placed = PRIOR[1]
         # How often each alternate was the token, and how often there was one.
-        self._met: Rates = PRIOR[1] * OTHERWISE * np.power(FEWER, np.arange(MOST_ALTERNATES))
+        self._met: Rates = PRIOR[1] * OTHERWISE * np.power(1.0 + np.arange(MOST_ALTERNATES), -FEWER)
         self._asked: Rates = np.full(MOST_ALTERNATES, PRIOR[1])
+        # How often the second of a pair followed, and how often there was one behind an alternate that came.
+        self._second, self._first = PRIOR[1] * SECOND, PRIOR[1]
 
     def update(
-        self, kinds: Counts, counts: Counts, accepted: Counts, sure: NDArray[np.bool_] | None = None, steps: int = 1
+        self, kinds: Counts, counts: Counts, accepted: Counts, sure: Counts | None = None, steps: int = 1
     ) -> None:
         """Take what a step found, in R rows that had drafts. Whole arrays at a time: the GPU waits for nobody.
 
@@ -80,7 +82,7 @@ class Acceptance:
             kinds: (R,), `UNLIKELY`, `FRESH` or `TAILS`.
             counts: (R,), how many there were, at least 1.
             accepted: (R,), how many of them were accepted.
-            sure: (R,), whether the first was certain to be, which says nothing of others; none by default.
+            sure: (R,), how many of the first were certain to be, 0 to 2, which says nothing of others; none by default.
             steps: as one of which the rows' steps count.
         """
         ends = np.concatenate([np.minimum(accepted + 1, counts), accepted]) + 1  # one past the last: compared, stood
@@ -94,9 +96,12 @@ class Acceptance:
         met = behind[:KINDS, 0] > 0
         self._told *= np.where(np.concatenate([met, met]), FORGET**steps, STALE**steps)[:, None]
         self._told[:, 1:most] += behind[:, 2:]
-        if sure is not None and sure.any():
-            self._told[:KINDS, 1] -= np.bincount(kinds[sure], minlength=KINDS)
-            self._told[KINDS:, 1] -= np.bincount(kinds[sure], accepted[sure] > 0, minlength=KINDS)
+        for place in (1, 2) if sure is not None and sure.any() else ():
+            # Of those that were compared: a sure one falls where what it was compared with is filtered.
+            known = (sure >= place) & (np.minimum(accepted + 1, counts) >= place)  # type: ignore[operator]
+            self._told[:KINDS, place : place + 1] -= np.bincount(kinds[known], minlength=KINDS)[:, None]
+            stood = np.bincount(kinds[known], accepted[known] >= place, minlength=KINDS)[:, None]
+            self._told[KINDS:, place : place + 1] -= stood
 
     def placed(self, outcomes: Counts, places: Counts, steps: int = 1) -> None:
         """Take the places (R,), from 0, that what came had among so many ``outcomes`` (R,), the likeliest first.
@@ -107,16 +112,21 @@ class Acceptance:
         self._covered = FORGET**steps * self._covered + covered
         self._placed = FORGET**steps * self._placed + len(places)
 
-    def tried(self, alternates: int, met: Counts, steps: int = 1) -> None:
+    def tried(self, alternates: int, met: Counts, told: Counts, steps: int = 1) -> None:
         """Take which of so many alternates (R,) outcomes were continued by, from 0; -1 where by none, as where all
-        drafts stood, which has none."""
+        drafts stood, which has none. And how many drafts that told (R,)."""
         hit = np.bincount(met[met >= 0], minlength=alternates)
         self._met[:alternates] = FORGET**steps * self._met[:alternates] + hit
         self._asked[:alternates] = FORGET**steps * self._asked[:alternates] + len(met)
+        paired = (met >= 0) & (met < alternates // 2)
+        self._second = FORGET**steps * self._second + int((told[paired] > 1).sum())
+        self._first = FORGET**steps * self._first + int(paired.sum())
 
-    def sure(self, alternates: int) -> float:
-        """How often the first draft behind an outcome with so many alternates is sure."""
-        return min(MOST, float((self._met / self._asked)[:alternates].sum()))
+    def sure(self, alternates: int) -> tuple[float, float]:
+        """How often with so many alternates the first draft behind an outcome is sure, and how often the second too."""
+        each = np.minimum((self._met / self._asked)[:alternates], 1)
+        first, paired = (min(MOST, float(some.sum())) for some in (each, each[: alternates // 2]))
+        return first, paired * self._second / self._first
 
     def cover(self, plan: Plan) -> Cover:
         """How often outcomes are what a plan is prepared for, in each state of `tokens_per_step`."""
@@ -125,7 +135,7 @@ class Acceptance:
         wanted = np.minimum(plan.proposals if plan.method == "tidar" else k, outcomes)
         asked = np.concatenate([wanted, likeliest(outcomes)]) / np.concatenate([outcomes, outcomes])
         drafted, likely = np.interp(asked, GRID, self._covered).reshape(2, -1)
-        return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed, self.sure(plan.alternates))
+        return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed, *self.sure(plan.alternates))
 
     def rates(self, longest: int) -> Rates:
         """(3, longest) probabilities, of fresh drafts behind unlikely outcomes, of others, and of tails; entry 0, the
@@ -165,7 +175,9 @@ class Cover(NamedTuple):
     drafted: Rates | float
     """Drafted for."""
     sure: float = 0.0
-    """Continued by an alternate, of those drafted for."""
+    """Continued by an alternate, of all."""
+    second: float = 0.0
+    """And by the second of its pair."""
 
 
 def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
@@ -180,7 +192,11 @@ def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
     if plan.method == "ar" or k == 1:
         return 1.0
     rates = rates[:, :k].copy()
-    rates[:TAILS, 1:2] += cover.sure * (1 - rates[:TAILS, 1:2])
+    first, second = rates[:, 1:2].copy(), rates[:, 2:3]
+    rates[:, 1:2] += cover.sure * (1 - first)
+    # Both are sure, the first alone is, or none: the second's chance once the first stands.
+    both = cover.second + (cover.sure - cover.second + (1 - cover.sure) * first) * second
+    rates[:, 2:3] = np.divide(both, rates[:, 1:2], out=second.copy(), where=rates[:, 1:2] > 0)
     survive = np.cumprod(rates, axis=1)
     # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 behind an unlikely outcome,
     # and k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.

@@ -60,7 +60,7 @@ class Fixed:
     Args:
         draft_len: K, and the masks of a proposal.
         proposals: P; none with a draft length of 1.
-        alternates: A, of each proposal.
+        alternates: A.
     """
 
     def __init__(self, draft_len: int, proposals: int, alternates: int = 0) -> None:
@@ -144,13 +144,13 @@ class Planning:
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
         self._unlikely = np.zeros(0, dtype=np.bool_)  # whether what came of the last drafts was
-        self._sure = np.zeros(0, dtype=np.bool_)  # whether the first draft is what an alternate said
+        self._sure = np.zeros(0, dtype=np.int64)  # drafts that alternates told
 
     def open(self, rows: int) -> int:
         self._came.clear()
         self._new = True
         self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
-        self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.bool_)
+        self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.int64)
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
@@ -204,13 +204,13 @@ class Planning:
         if not self._came:
             return
         shapes = [shape for shape, _ in self._came]
-        n, behind, places, met = np.array([outcome for _, outcome in self._came]).swapaxes(0, 1)
+        n, behind, places, met, told = np.array([outcome for _, outcome in self._came]).swapaxes(0, 1)
         steps = len(shapes)
         self._came.clear()
         drafts = np.array([shape.drafts for shape in shapes])[:, None]
         # What the drafts of each step were is told by the outcome before it.
         begun = np.concatenate([self._behind[None], behind[:-1]])
-        sure = np.concatenate([self._sure[None], met[:-1] >= 0])
+        sure = np.concatenate([self._sure[None], told[:-1]])
         held = np.array([self._block, *(shape.masks for shape in shapes[:-1])])[:, None]
         count = np.minimum(drafts, held - begun) - 1
         tested = count > 0
@@ -227,12 +227,11 @@ class Planning:
             # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
             whole = tested & (begun == 0)
             self.acceptance.placed(1 + count[whole], places[whole], steps)
-        asked = behind == 0
         for each in {shape.alternates for shape in shapes} - {0}:
-            asked_of = asked & np.array([shape.alternates == each for shape in shapes])[:, None]
-            if asked_of.any():
-                self.acceptance.tried(each, met[asked_of], steps)
-        self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], met[-1] >= 0
+            asked = tested & np.array([shape.alternates == each for shape in shapes])[:, None]
+            if asked.any():
+                self.acceptance.tried(each, met[asked], told[asked], steps)
+        self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], told[-1]
 
     def _looks(self, steps: int) -> Iterator[None]:
         """Look at all plans, some in each of so many steps, then follow the quickest; and begin again."""

@@ -17,8 +17,9 @@ from tidar.decode.plan import Outcome, Shape
 from tidar.decode.policy import Policy
 from tidar.errors import TidarError
 from tidar.fast.engine import ROWS, Engine
+from tidar.fast.network import Flags
 from tidar.fast.slots import DEPTH, Slots
-from tidar.fast.step import Flags
+from tidar.kernels.reference_step import HEAD
 
 __all__ = ["AHEAD", "FastDecoder"]
 
@@ -136,11 +137,11 @@ class FastDecoder:
         flight = self._flying.popleft()
         if flight.done is not None:
             flight.done.synchronize()
-        entry: list[list[int]] = self._slots.ring[flight.entry, :, : 4 + flight.shape.drafts].tolist()
+        entry: list[list[int]] = self._slots.ring[flight.entry, :, : HEAD + flight.shape.drafts].tolist()
         self._check(min(count for count, *_ in entry) < 0)
         rows = [entry[r] for r in flight.rows]
-        outcome = Outcome(*([row[at] for row in rows] for at in range(4)))
-        self._read.append((flight.shape, outcome, [row[4 : 4 + row[0]] for row in rows]))
+        outcome = Outcome(*([row[at] for row in rows] for at in range(HEAD)))
+        self._read.append((flight.shape, outcome, [row[HEAD : HEAD + row[0]] for row in rows]))
 
     def _plan(self) -> None:
         self._policy.begin(lambda plans: self._engine.clock(self._slots, plans, self._flags, max(self._halfways)))

@@ -22,10 +22,11 @@ from tidar.decode.plan import Plan, Shape, shapes
 from tidar.fast import ops
 from tidar.fast.latency import Latency
 from tidar.fast.lean import Hidden, LeanModel
+from tidar.fast.network import Flags, Network
 from tidar.fast.pages import Pages, pages_for
 from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
-from tidar.fast.step import Flags, Network, Step
+from tidar.fast.step import Step
 from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tidar.decode import plan
 from tidar.decode.plan import Shape
 from tidar.fast import timing
 from tidar.kernels import product_tiles, workspace
@@ -21,8 +22,10 @@ from tidar.provenance import versions
 
 __all__ = ["Latency", "folder"]
 
-RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace, timing))).encode()).hexdigest()[:16]
-"""Of what chooses the kernels' tiles, and of how time is taken."""
+RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace, timing, plan))).encode()).hexdigest()[
+    :16
+]
+"""Of what chooses the kernels' tiles, of how time is taken, and of what a shape means."""
 
 
 def folder() -> Path:

@@ -1,6 +1,6 @@
 """The queries of a step, as the kernels want them.
 
-Legend: B rows, P proposals, L queries.
+Legend: B rows, P proposals, A alternates, L queries.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class StepLayout:
     Attributes:
         causal: queries before alternates and masks.
         queries: L.
-        levels: (P,) or (B, P) int64.
+        levels: (A + P,) or (B, A + P) int64.
         counts: (B,) int32, causal queries that are written to the cache.
         lengths, table: of the rows.
         workspace: of the attention; None for the plain twins.
         picking: where to pick the levels; None if they stand.
         alternates: A.
+        pairs: that they begin with.
     """
 
     causal: int
@@ -39,8 +40,9 @@ class StepLayout:
     workspace: Workspace | None
     picking: Picking | None = None
     alternates: int = 0
+    pairs: int = 0
 
     @property
     def clean(self) -> int:
         """Queries before the masks."""
-        return self.causal + self.levels.shape[-1] * self.alternates
+        return self.causal + self.alternates

@@ -15,6 +15,7 @@ from torch import Tensor
 from tidar.config import SamplingParams
 from tidar.fast.pages import Pages, table_row
 from tidar.kernels.params import DeviceParams
+from tidar.kernels.reference_step import HEAD
 
 __all__ = ["DEPTH", "Slots"]
 
@@ -47,7 +48,7 @@ class Slots:
         params: sampling parameters.
         seen: (B, V) bool, tokens of each row's text, for penalties.
         tickets: (B,) int32, steps so far.
-        ring: (DEPTH, B, 4 + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
+        ring: (DEPTH, B, HEAD + K) int32, in page-locked memory of the host; see `tidar.kernels.accept.accept`.
         bad: (1,) int32, not 0 once the network gave NaN.
         kept: what was made for these rows, by key; graphs live here.
     """
@@ -64,7 +65,7 @@ class Slots:
         self.chances = torch.zeros(rows, most, dtype=torch.float32, device=device)
         self.params = DeviceParams.of([SamplingParams()] * rows, device)
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
-        self.ring = torch.zeros(DEPTH, rows, 4 + most, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.ring = torch.zeros(DEPTH, rows, HEAD + most, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.kept: dict[object, object] = {}
 
     @property

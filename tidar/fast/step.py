@@ -1,205 +1,20 @@
 """One decoding step on the device, from the drafts of the last to those of the next: what a CUDA graph captures.
 
 No shape, grid or branch here depends on a device value.
-
-Legend: B rows, K drafts, P proposals of A alternates and M masks each, L = K + P·(A + M) queries, D width, V
-vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
-from torch import Tensor
 
 from tidar.decode.plan import Shape
-from tidar.fast.adapted import NOWHERE, Masks
-from tidar.fast.lean import Attend, Hidden, Layer, LeanModel
+from tidar.fast.network import AT_ONCE, Flags, Network
 from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
-from tidar.kernels.reference_chain import PlainLists
-from tidar.kernels.reference_step import SURE, Picking
-from tidar.kernels.workspace import Workspace, fixed_tiles
-from tidar.proposals import KNOWN, chance
+from tidar.kernels.reference_chain import Blocks
+from tidar.kernels.reference_step import Picking
 
-__all__ = ["Flags", "Network", "Step"]
-
-
-AT_ONCE = 128
-"""Queries up to which the head is read once, for all of them, before it is known which masks draft what follows. With
-256 an H200 gained no time over reading it again, and all their logits take memory."""
-
-
-class Flags(NamedTuple):
-    """What the rows of a batch need between them; a step without a flag leaves its code out."""
-
-    sampling: bool
-    """Some row has a temperature above 0."""
-    filtering: bool
-    """Some row has top-k or top-p on."""
-    penalty: bool
-    """Some row has a repetition penalty."""
-
-
-class Network:
-    """A lean model, its kernels, and what is computed from it once.
-
-    Args:
-        lean: the model.
-        ops: kernels or twins.
-        positions: longest text and what may stand behind its end.
-    """
-
-    def __init__(self, lean: LeanModel, ops: Any, positions: int) -> None:
-        self.lean, self.ops = lean, ops
-        core = lean.core
-        device = lean.embedding.device
-        self.cos, self.sin = lean.rotary(positions)
-        self.suppressed = torch.zeros(core.vocab_size, dtype=torch.bool, device=device)
-        self.suppressed[list(core.suppressed)] = True
-        self.mask_id = core.spec.mask_token_id if core.spec else 0
-        self.adapters = core.adapters
-        self.transition = lean.transition()
-        # What attention's splits are chosen for; behind longer prefixes they are long, but still right.
-        self.longest = min(2048, core.max_positions // 2)
-
-    def workspace(self, rows: int, queries: int) -> Workspace:
-        """Where the splits of the layers' attention meet, in steps of so many rows and queries each."""
-        lean, dtype, device = self.lean, self.lean.embedding.dtype, self.lean.embedding.device
-        fixed = fixed_tiles(lean.head_dim, dtype.itemsize) if lean.deterministic else None
-        heads = lean.heads, lean.kv_heads, lean.head_dim
-        return Workspace.for_step(rows, queries, *heads, self.longest, dtype=dtype, device=device, chosen=fixed)
-
-    def hidden(self, tokens: Tensor, layout: StepLayout, slots: Slots) -> Hidden:
-        """Hidden states, B·L of them, of the first ``layout.causal`` of ``tokens`` (B, ·), and of alternates and masks
-        behind them."""
-        rows, queries = len(tokens), layout.queries
-        given = tokens, self.lean.embedding, self.mask_id, queries, layout.causal
-        x = self.ops.embed(*given, picking=layout.picking).view(rows * queries, -1)
-        masks = NOWHERE
-        if self.adapters is not None and layout.clean < queries:
-            masks = Masks(queries, layout.clean)
-            masks.of(x).copy_(self.adapters.mask_embedding)
-        return self.lean(x, self.attending(rows, layout, slots), masks)
-
-    def attending(self, rows: int, layout: StepLayout, slots: Slots) -> Attend:
-        """What the layers attend to: the rows' pages, and each other as ``layout`` says."""
-        lean, ops, pages, queries = self.lean, self.ops, slots.pages, layout.queries
-        # In one launch every tile of queries turns the own keys it sees for itself: a few in a step, but all before it
-        # in a long prompt. And keys are not in the cache when it begins.
-        few = layout.causal <= 32 and not lean.deterministic
-        cached = layout.counts if lean.deterministic else None
-
-        def attend(number: int, layer: Layer, heads: Tensor) -> Tensor:
-            stores = pages.keys[number], pages.values[number], layout.table, layout.lengths
-            heads = heads.view(rows, queries, -1, lean.head_dim)
-            rotary = layer.q_norm, layer.k_norm, self.cos, self.sin
-            options = {
-                "causal": layout.causal,
-                "alternates": layout.alternates,
-                "scale": lean.scale,
-                "window": layer.window,
-                "workspace": layout.workspace,
-            }
-            out: Tensor
-            if few:
-                out = ops.rotate_attend(heads, *rotary, *stores, layout.counts, layout.levels, eps=lean.eps, **options)
-            else:
-                placed = *stores, layout.counts, layout.levels
-                turned = {"eps": lean.eps, "causal": layout.causal, "alternates": layout.alternates}
-                q, k, v = ops.rotate(heads, *rotary, *placed, **turned)
-                out = ops.attend(q, k, v, *stores, layout.levels, cached=cached, **options)
-            return out.view(rows * queries, -1)
-
-        return attend
-
-    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
-        """Of the chosen hidden states (B, R, V), rows (B, R) int32."""
-        return self.lean.logits(hidden, rows.view(-1)).view(*rows.shape, -1)
-
-    def ends(self, hidden: Hidden) -> Sequence[Tensor]:
-        """Logits (N, V) of all hidden states, and if there is a transition what its gate takes from them (N, W)."""
-        return (self.lean.logits(hidden, None),) if self.transition is None else self.lean.ends(hidden, None)
-
-    def sample(self, logits: Tensor, slots: Slots, flags: Flags, *, first: int, drafts: Tensor | None = None) -> Tensor:
-        """Tokens (B, R) of their logits (B, R, V), the first one ``first`` behind the rows' lengths."""
-        sampled: Tensor = self.ops.sample(
-            logits,
-            slots.params,
-            slots.lengths,
-            first=first,
-            suppressed=self.suppressed,
-            seen=slots.seen if flags.penalty else None,
-            drafts=drafts if flags.penalty else None,
-            sampling=flags.sampling,
-            filtering=flags.filtering,
-            bad=slots.bad,
-        )
-        return sampled
-
-    def draft(
-        self,
-        hidden: Hidden,
-        states: Tensor,
-        made: Tensor,
-        slots: Slots,
-        flags: Flags,
-        every: Sequence[Tensor] | None = None,
-        alternates: int = 0,
-    ) -> None:
-        """Choose the drafts behind the certain tokens from the hidden states ``x[states]``, both (B, M - 1), of masks
-        or alternates as ``made`` says (`tidar.kernels.accept.accept`). With ``alternates``, as many of each can be told
-        afterwards from `lists`.
-
-        A draft that nobody made is token 0: any draft is exact. ``every`` are the `ends` of all hidden states, if they
-        are known.
-        """
-        places = slice(1, 1 + states.shape[1])
-        drafts, chances = slots.drafts[:, places], slots.chances[:, places]
-        lists = self.lists(slots, states.shape[1], ranked=alternates > 0)
-        if self.transition is None:
-            logits = self.logits(hidden, states) if every is None else every[0][states]
-            chosen, there = self.sample(logits, slots, flags, first=1), made != 0
-            logits = logits.masked_fill(self.suppressed, -torch.inf)
-            drafts.copy_(chosen * there)
-            chances.copy_((chance(logits, chosen) * there).masked_fill(made == SURE, KNOWN))
-            if alternates:  # without their noise, which would be made for the whole vocabulary
-                count = min(alternates, logits.shape[2] - 1)
-                lists.tokens[:, :, :count] = logits.scatter_(2, chosen[..., None], -torch.inf).topk(count).indices
-            return
-        table, mix = self.transition
-        if every is None:
-            base, state = (made.view(*states.shape, -1) for made in self.lean.ends(hidden, states.view(-1)))
-        else:
-            base, state = every
-        self.ops.chain(
-            base,
-            state,
-            slots.drafts[:, 0],
-            made,
-            table,
-            mix,
-            self.suppressed,
-            temperature=slots.params.temperature,
-            seed=slots.params.seed,
-            lengths=slots.lengths,
-            offset=1,
-            sampling=flags.sampling,
-            rows=None if every is None else states,
-            out=drafts,
-            chances=chances,
-            shortlists=lists,
-        )
-
-    def lists(self, slots: Slots, places: int, *, ranked: bool) -> Any:
-        """Where a chain of so many drafts leaves what it knows: `tidar.kernels.shortlists`, or its twin."""
-        # Without a transition there is no chain, and runners-up have no list.
-        make = PlainLists.of if self.transition is None else self.ops.shortlists
-        return slots.once(
-            ("shortlists", places, ranked), lambda: make(slots.rows, places, ranked=ranked, device=slots.device)
-        )
+__all__ = ["Step"]
 
 
 class Step:
@@ -216,17 +31,18 @@ class Step:
         self._network, self._slots, self._flags = network, slots, flags
         rows, device = slots.rows, slots.device
         self.shape = shape
-        k, proposals, _, alternates = shape
+        k, proposals, others, pairs = shape.drafts, shape.proposals, shape.others, shape.pairs
         # What a step of one draft may come to is certain, and drafted for or not.
-        self._levels = torch.ones(rows, proposals, dtype=torch.long, device=device)
+        self._levels = torch.ones(rows, others + proposals, dtype=torch.long, device=device)
         self._places = torch.zeros(rows, k, dtype=torch.long, device=device)
-        self._alternates = torch.zeros(rows, proposals, alternates, dtype=torch.long, device=device)
+        self._alternates = torch.zeros(rows, others, dtype=torch.long, device=device)
         runners = None
-        if alternates:  # of the drafts that a step like this one made
+        if others:  # of the drafts that a step like this one made
             runners = network.lists(slots, shape.masks - 1, ranked=True).runners
-        picking = Picking(slots.chances, self._places, self._levels, runners, self._alternates)
-        index = torch.arange(rows, device=device)[:, None] * shape.queries + torch.arange(k, device=device)
+        picking = Picking(slots.chances, self._places, self._levels, runners, self._alternates, pairs)
+        index = torch.arange(rows, device=device)[:, None] * shape.queries + torch.arange(k + others, device=device)
         self._verify = index.int()
+        self._blocks = Blocks(shape.queries, k + others, shape.masks, self._levels[:, others:])
         self._layout = StepLayout(
             causal=k,
             queries=shape.queries,
@@ -236,23 +52,28 @@ class Step:
             table=slots.table,
             workspace=network.workspace(rows, shape.queries),
             picking=picking if k > 1 else None,
-            alternates=alternates,
+            alternates=others,
+            pairs=pairs,
         )
 
     def __call__(self) -> None:
         network, slots, flags = self._network, self._slots, self._flags
-        k = self.shape.drafts
+        k, others, pairs = self.shape.drafts, self.shape.others, self.shape.pairs
         hidden = network.hidden(slots.drafts, self._layout, slots)
         drafting = self.shape.proposals > 0 and self.shape.masks > 1
-        every = None
+        every, ranked = None, others > 0
         # A head that takes chosen rows is another program, which may round otherwise: not where bits count.
         if drafting and len(hidden.x) <= AT_ONCE and not network.lean.deterministic:
             every = network.ends(hidden)
-            logits = every[0].view(slots.rows, self.shape.queries, -1)[:, :k]
+            logits = every[0].view(slots.rows, self.shape.queries, -1)[:, : k + others]
         else:
             logits = network.logits(hidden, self._verify)
-        sampled = network.sample(logits, slots, flags, first=1, drafts=slots.drafts[:, :k])
-        states, made = network.ops.accept(
+        below = self._levels[:, :others] if others else None
+        drafts = slots.drafts[:, :k]
+        sampled = network.sample(logits, slots, flags, first=1, drafts=drafts, others=below, pairs=pairs)
+        if every is not None and network.transition is not None:
+            network.prepare(every[0], self._blocks, slots, flags, ranked)
+        states, made, given = network.ops.accept(
             sampled,
             slots.drafts,
             slots.lengths,
@@ -263,9 +84,10 @@ class Step:
             levels=self._levels,
             places=self._places,
             alternates=self._alternates,
+            pairs=pairs,
             masks=self.shape.masks,
             queries=self.shape.queries,
             seen=slots.seen if flags.penalty else None,
         )
         if drafting:
-            network.draft(hidden, states, made, slots, flags, every, self.shape.alternates)
+            network.draft(hidden, states, made, slots, flags, every, given if others else None, ranked)

@@ -1,7 +1,7 @@
 """The kernel of `tidar.kernels.step_attention`: a tile of query rows over a split of its keys.
 
-Legend: B rows, L queries, C causal ones, P blocks of M masks and A alternates each, Hq = G·Hk query heads, Hk key
-heads, D head width.
+Legend: B rows, L queries, C causal ones, A alternates, P blocks of M masks, Hq = G·Hk query heads, Hk key heads, D
+head width.
 """
 
 from __future__ import annotations
@@ -68,24 +68,26 @@ def _pages(table, at, length, table_width, PAGE: tl.constexpr, KEYS: tl.constexp
 
 
 @triton.jit
-def place_of(index, levels, real, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr):
+def place_of(index, levels, real, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, PAIRS: tl.constexpr):
     """Of query or key ``index`` of the step: position behind the row's length, and level, for alternates and masks.
 
-    OTHERS alternates, EACH of a level, stand between causal tokens and blocks of masks.
+    OTHERS alternates stand between causal tokens and blocks of masks, the first of them in PAIRS.
     """
     behind = index - CAUSAL
     block, offset = (behind - OTHERS) // BLOCK, (behind - OTHERS) % BLOCK
     if OTHERS:
-        block, offset = tl.where(behind < OTHERS, behind // EACH, block), tl.where(behind < OTHERS, 0, offset)
+        second = tl.where(behind < 2 * PAIRS, behind % 2, 0)
+        block, offset = tl.where(behind < OTHERS, behind, OTHERS + block), tl.where(behind < OTHERS, second, offset)
     level = tl.load(levels + block, mask=real & (behind >= 0), other=0).to(tl.int32)
     return tl.where(behind >= 0, level + offset, index), level
 
 
 @triton.jit
-def _block_of(behind, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    """Where the block begins of query ``behind`` the causal ones; an alternate is one of its own."""
+def _block_of(behind, BLOCK: tl.constexpr, OTHERS: tl.constexpr, PAIRS: tl.constexpr):
+    """Where the block begins of query ``behind`` the causal ones; a pair of alternates is one, and so is any other."""
     if OTHERS:
-        return tl.where(behind < OTHERS, behind, OTHERS + (behind - OTHERS) // BLOCK * BLOCK)
+        alone = tl.where(behind < 2 * PAIRS, behind // 2 * 2, behind)
+        return tl.where(behind < OTHERS, alone, OTHERS + (behind - OTHERS) // BLOCK * BLOCK)
     else:
         return behind // BLOCK * BLOCK
 
@@ -115,7 +117,7 @@ def attention(
     out, part, peaks, totals, arrived, inner, factor, eps, positions, table_step, table_width,
     Q_STEPS: tl.constexpr, K_STEPS: tl.constexpr, V_STEPS: tl.constexpr, PAGE_STEPS: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    OTHERS: tl.constexpr, EACH: tl.constexpr, LEVEL_STEP: tl.constexpr,
+    OTHERS: tl.constexpr, PAIRS: tl.constexpr, LEVEL_STEP: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OWN: tl.constexpr, SPLITS: tl.constexpr,
@@ -145,8 +147,8 @@ def attention(
     if ALIGNED:
         known, clean, count = length + tl.minimum(clean, tl.load(counts + row)), clean * 0, clean * 0
     if BLOCK:
-        from_block = _block_of(tl.maximum(tile * ROWS // GROUP - CAUSAL, 0), BLOCK, OTHERS)
-        until = _block_of(tl.maximum(last - CAUSAL, 0), BLOCK, OTHERS) + BLOCK
+        from_block = _block_of(tl.maximum(tile * ROWS // GROUP - CAUSAL, 0), BLOCK, OTHERS, PAIRS)
+        until = _block_of(tl.maximum(last - CAUSAL, 0), BLOCK, OTHERS, PAIRS) + BLOCK
         if OTHERS:
             until = tl.where(last - CAUSAL < OTHERS, last - CAUSAL + 1, until)
         skipped = CAUSAL + from_block - clean
@@ -170,9 +172,9 @@ def attention(
     # What a query sees of its step: causal tokens before `stop`, masks from `mates` on. `place`: position - length.
     place, stop = query, query + 1
     if BLOCK:
-        place, level = place_of(query, levels, True, CAUSAL, BLOCK, OTHERS, EACH)
+        place, level = place_of(query, levels, True, CAUSAL, BLOCK, OTHERS, PAIRS)
         stop = tl.where(query < CAUSAL, stop, level)
-        block = _block_of(query - CAUSAL, BLOCK, OTHERS)
+        block = _block_of(query - CAUSAL, BLOCK, OTHERS, PAIRS)
         mates = tl.where(query < CAUSAL, QUERIES, CAUSAL + block)
 
     used = tl.minimum(own + end - first, SPLITS)
@@ -234,7 +236,7 @@ def attention(
             page = tl.load(pages + slot // PAGE, mask=fresh, other=0).to(tl.int64)
             place_of_key = key
             if BLOCK:
-                place_of_key, _ = place_of(key, levels, here, CAUSAL, BLOCK, OTHERS, EACH)
+                place_of_key, _ = place_of(key, levels, here, CAUSAL, BLOCK, OTHERS, PAIRS)
             at_key = tl.minimum(length + place_of_key, positions - 1)[:, None]
             new_k = turned(given[:, None], here[:, None], k_norm, eps, cos, sin, at_key, D, WIDTH)
             new_k = new_k.to(k.dtype.element_ty)
@@ -245,10 +247,11 @@ def attention(
         seen = text
         if BLOCK:
             mate = key[None, :] - mates[:, None]
-            mates_there = (mate >= 0) & (mate < BLOCK)
-            if OTHERS:  # an alternate sees itself
-                mates_there = mates_there & ((query >= CAUSAL + OTHERS)[:, None] | (mate == 0))
-            seen = text | mates_there
+            mates_there = mate < BLOCK
+            if OTHERS:  # an alternate sees itself, and whom it follows
+                masked = (query >= CAUSAL + OTHERS)[:, None]
+                mates_there = (masked & mates_there) | ((key[None, :] <= query[:, None]) & (masked == 0))
+            seen = text | ((mate >= 0) & mates_there)
         if WINDOW:
             away = tl.where(text, place[:, None] - key[None, :], query[:, None] - key[None, :])
             seen = seen & (away < WINDOW)

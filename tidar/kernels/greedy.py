@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tidar.kernels.pdl import begin, options
+from tidar.kernels.pdl import THEN, begin, options
 from tidar.kernels.workspace import power_of_2
 
-__all__ = ["greedy", "logits_of"]
+__all__ = ["greedy", "logits_of", "place_of"]
 
 
 @triton.jit
@@ -34,9 +34,21 @@ def logits_of(given, ids, VOCAB: tl.constexpr):
 
 
 @triton.jit
+def place_of(r, levels, at, PLACES: tl.constexpr, PAIRS: tl.constexpr):
+    """Place of row r's token behind the others of its step, and how many drafts it has seen."""
+    place, count = r, r + 1
+    if levels is not None:
+        other = r - PLACES
+        level = tl.load(levels + at + other, mask=other >= 0, other=0).to(tl.int32)
+        place = tl.where(other >= 0, level + tl.where(other < 2 * PAIRS, other % 2, 0), place)
+        count = tl.where(other >= 0, level, count)
+    return place, count
+
+
+@triton.jit
 def _peaks(
-    logits, penalties, suppressed, seen, drafts, peaks, ids, logits_step, row_step, seen_step, drafts_step,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    logits, penalties, suppressed, seen, drafts, places, peaks, ids, logits_step, row_step, seen_step, drafts_step,
+    places_step, PLACES: tl.constexpr, PAIRS: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """The best token of a chunk of a row."""
     begin(PDL)
@@ -47,7 +59,8 @@ def _peaks(
         penalty = tl.load(penalties + b).to(tl.float32)
     if drafts is not None:
         drafts += b * drafts_step
-    given = (logits + b * logits_step + r.to(tl.int64) * row_step, suppressed, seen, drafts, r + 1, penalty)
+    _, count = place_of(r, places, b * places_step, PLACES, PAIRS)
+    given = (logits + b * logits_step + r.to(tl.int64) * row_step, suppressed, seen, drafts, count, penalty)
     token = part * CHUNK + tl.arange(0, CHUNK)
     x = logits_of(given, token, VOCAB)
     x = tl.where(x == x, x, float("inf"))  # a NaN must not be overlooked
@@ -77,6 +90,8 @@ def greedy(
     suppressed: Tensor | None,
     seen: Tensor | None,
     drafts: Tensor | None,
+    others: Tensor | None,
+    pairs: int,
     out: Tensor,
     bad: Tensor | None,
     chunk: int,
@@ -87,11 +102,19 @@ def greedy(
     peaks = torch.empty(rows, places, parts, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, places, parts, dtype=torch.int32, device=logits.device)
     _peaks[parts, places, rows](
-        logits, penalty, suppressed, seen, drafts, peaks, ids,
+        logits, penalty, suppressed, seen, drafts, others, peaks, ids,
         *logits.stride()[:2], 0 if seen is None else seen.stride(0), 0 if drafts is None else drafts.stride(0),
-        VOCAB=vocab, CHUNK=chunk, num_warps=4, **options(logits.device),
+        0 if others is None else others.stride(0), PLACES=places - (0 if others is None else others.shape[1]),
+        PAIRS=pairs, VOCAB=vocab, CHUNK=chunk, num_warps=4, **options(logits.device),
     )  # fmt: skip
     _best[rows * places,](
-        peaks, ids, out, bad, PARTS=parts, PARTS_UP=power_of_2(parts), num_warps=1, **options(logits.device)
+        peaks,
+        ids,
+        out,
+        bad,
+        PARTS=parts,
+        PARTS_UP=power_of_2(parts),
+        num_warps=1,
+        **options(logits.device, when=THEN),
     )
     return out

@@ -22,8 +22,12 @@ have room first, several on one and none on another: where a kernel has few prog
 measured to cost more than it hides (docs/benchmarks.md). So a kernel of small tiles does so late, by `release` behind
 its loop; one of large tiles at once.
 
-The one thing allowed before the barrier is `prefetch`: it moves lines into the L2 cache, where every write to them
-arrives too, and gives no values, so that it is right for any memory that may be read.
+A kernel may also run *beside* the one before it (`start`, `finish`), if that one lets it start behind its own barrier
+(`THEN`): all earlier kernels are done then, and what these two do, neither reads of the other. It waits at its end
+instead of its beginning, so that behind the next barrier both are done.
+
+Otherwise the one thing allowed before the barrier is `prefetch`: it moves lines into the L2 cache, where every write to
+them arrives too, and gives no values, so that it is right for any memory that may be read.
 
 Not for cooperative launches, which place all of their programs at once.
 """
@@ -39,10 +43,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["begin", "options", "overlapping", "prefetch", "release"]
+__all__ = ["EARLY", "LATE", "THEN", "begin", "finish", "options", "overlapping", "prefetch", "release", "start"]
 
-EARLY, LATE = tl.constexpr(1), tl.constexpr(2)
-"""When a kernel lets the next one start; 0 is without overlap."""
+EARLY, LATE, THEN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""When a kernel lets the next one start: at once, by `release`, or behind its own barrier; 0 is without overlap."""
 
 _wanted = ContextVar("_wanted", default=True)
 
@@ -64,6 +68,30 @@ def begin(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if PDL == THEN:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def start(PDL: tl.constexpr, BESIDE: tl.constexpr):
+    """First call of a kernel that may run BESIDE the one before: `begin`, but without waiting for it.
+
+    It may read what kernels before that one wrote, if that one lets the next start `THEN`, and may write what none of
+    the two reads or writes. Reads go past the L1 cache, and `finish` is its last call.
+    """
+    if BESIDE:
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+    else:
+        begin(PDL)
+
+
+@triton.jit
+def finish(PDL: tl.constexpr, BESIDE: tl.constexpr):
+    """Last call of a kernel that ran BESIDE the one before: wait for it, so that whoever waits for this one has waited
+    for both."""
+    if BESIDE and PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -81,16 +109,16 @@ def prefetch(pointers):
     )
 
 
-def options(device: torch.device, *, late: bool = False) -> dict[str, int]:
+def options(device: torch.device, *, when: tl.constexpr = EARLY) -> dict[str, int]:
     """Keyword arguments of a launch on ``device``: the constant ``PDL`` of the kernel, and ``launch_pdl`` for Triton.
 
     Both are 0 in Triton's interpreter and on GPUs without it.
 
     Args:
-        late: the kernel calls `release`.
+        when: it lets the next one start; `LATE`, if the kernel calls `release`.
     """
     able = _wanted.get() and device.type == "cuda" and not triton.knobs.runtime.interpret and _able(device)
-    return {"PDL": able * (LATE.value if late else EARLY.value), "launch_pdl": able}
+    return {"PDL": able * when.value, "launch_pdl": able}
 
 
 @cache

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidar.errors import TidarError
-from tidar.kernels.pdl import options
+from tidar.kernels.pdl import EARLY, LATE, options
 from tidar.kernels.product_kernel import product
 from tidar.kernels.product_tiles import ProductTiles
 from tidar.kernels.quantised import Quantised, Weight
@@ -232,7 +232,7 @@ def _launch(
         count, eps, again, x.stride(0), squares_row, out.stride(0), BEHIND=behind, ADD=add,
         CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
-        **options(x.device, late=tiles.rows < 64),
+        **options(x.device, when=LATE if tiles.rows < 64 else EARLY),
     )  # fmt: skip
     return None if scaled is None else Ready(scaled, squared, left)
 

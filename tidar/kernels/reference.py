@@ -1,7 +1,7 @@
 """What the kernels of `tidar.kernels.step_attention` compute, written plainly; the path taken without a GPU.
 
 Same names, same arguments. A step's queries are C causal tokens, then P blocks of M masks (paper, section 3.2), with A
-alternates for each block between them, which are tokens that might follow the block's causal ones:
+alternates between them, which are tokens that might follow some of the causal ones:
 
 - TiDAR's step: C = M = k, block p with level n_p (proposal "n_p drafts accepted");
 - the draft forward of two-forward decoding: C certain tokens, one block of masks with level C;
@@ -35,6 +35,7 @@ def attend(
     *,
     causal: int,
     alternates: int = 0,
+    pairs: int = 0,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -49,7 +50,8 @@ def attend(
     the host.
     """
     bounds = scale, window, softcap
-    check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, causal, alternates, *bounds, sinks)
+    shape = causal, alternates, pairs
+    check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, *shape, *bounds, sinks)
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k_new.shape[2]
@@ -61,7 +63,7 @@ def attend(
         scores = torch.einsum("lhd,shd->hls", q[b].to(wide), keys) * factor
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        seen = visible(length, q.shape[1], causal, below[b], window, alternates).to(q.device)
+        seen = visible(length, q.shape[1], causal, below[b], window, alternates, pairs).to(q.device)
         scores = scores.masked_fill(~seen, -torch.inf)
         if sinks is not None:  # one more logit a head, whose value is zero
             sink = sinks.to(wide)[:, None, None].expand(-1, q.shape[1], 1)
@@ -72,24 +74,25 @@ def attend(
 
 
 def by_row(levels: Tensor, rows: int) -> Tensor:
-    """(B, P): levels that all rows share, or each its own."""
+    """(B, A + P): levels that all rows share, or each its own."""
     return levels.expand(rows, levels.shape[-1])
 
 
 def visible(
-    length: int, queries: int, causal: int, levels: list[int], window: int | None, alternates: int = 0
+    length: int, queries: int, causal: int, levels: list[int], window: int | None, alternates: int = 0, pairs: int = 0
 ) -> Tensor:
     """(L, length + L) bool: what each query sees of the prefix and then of the step's own keys."""
-    clean = causal + len(levels) * alternates
+    clean, others, levels = causal + alternates, levels[:alternates], levels[alternates:]
     block = (queries - clean) // len(levels) if levels else 0
-    others = [n for n in levels for _ in range(alternates)]
-    position = [length + i for i in [*range(causal), *others, *(n + m for n in levels for m in range(block))]]
+    second = [i % 2 if i < 2 * pairs else 0 for i in range(alternates)]
+    stand = [n + late for n, late in zip(others, second, strict=True)]
+    position = [length + i for i in [*range(causal), *stand, *(n + m for n in levels for m in range(block))]]
     seen = torch.zeros(queries, length + queries, dtype=torch.bool)
     for i in range(causal):
         seen[i, : length + i + 1] = True
     for i, level in enumerate(others, causal):
         seen[i, : length + level] = True
-        seen[i, length + i] = True
+        seen[i, length + i - second[i - causal] : length + i + 1] = True
     for p, level in enumerate(levels):
         first = clean + p * block
         seen[first : first + block, : length + level] = True
@@ -146,16 +149,18 @@ def check_pages(
         raise TidarError("the last dimension of keys, values, pages and block_table must be contiguous")
 
 
-def check_levels(levels: Tensor, rows: int, queries: int, causal: int, alternates: int) -> int:
+def check_levels(levels: Tensor, rows: int, queries: int, causal: int, alternates: int, pairs: int) -> int:
     """M; `TidarError` unless the queries are causal ones, and alternates and blocks of masks, each with a level."""
-    blocks = levels.shape[-1]
-    masks = queries - causal - blocks * alternates
-    least = 1 if blocks and alternates else 0
-    if not 1 <= causal <= queries or alternates < 0 or masks < least or (masks % blocks if blocks else masks):
-        also = f", {alternates} alternates of each of {blocks} levels" if alternates else ""
+    blocks = levels.shape[-1] - alternates
+    masks = queries - causal - alternates
+    wrong = alternates < 0 or not 0 <= 2 * pairs <= alternates or blocks < min(alternates, 1) or masks < blocks
+    if not 1 <= causal <= queries or wrong or (masks % blocks if blocks else masks):
+        also = f", {alternates} alternates with {pairs} pairs" if alternates else ""
         raise TidarError(f"{queries} queries are not {causal} causal ones{also} and {blocks} equal blocks of masks")
     if tuple(levels.shape[:-1]) not in ((), (rows,)) or levels.stride(-1) != 1 or levels.is_floating_point():
-        raise TidarError("levels must be integers of shape (P,) or (B, P), contiguous in P, each in 0 … causal")
+        raise TidarError(
+            "levels must be integers of shape (A + P,) or (B, A + P), contiguous in a row, each in 0 … causal"
+        )
     return masks // blocks if blocks else 0
 
 
@@ -170,6 +175,7 @@ def check_step(
     levels: Tensor,
     causal: int,
     alternates: int,
+    pairs: int,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -181,7 +187,7 @@ def check_step(
         raise TidarError(f"queries must be (B, L, G·Hk, D) for keys {_shapes(k_new)}, not {_shapes(q)}")
     if len({t.dtype for t in (q, k_new, v_new, k_pages, v_pages)}) > 1:
         raise TidarError("queries, keys, values and pages must have one dtype")
-    check_levels(levels, q.shape[0], q.shape[1], causal, alternates)
+    check_levels(levels, q.shape[0], q.shape[1], causal, alternates, pairs)
     if any(bound is not None and bound <= 0 for bound in (scale, window, softcap)):
         raise TidarError("scale, window and softcap must be above 0: leave them out to do without")
     if sinks is not None and sinks.shape != (q.shape[2],):

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from tidar.errors import TidarError
-from tidar.kernels.reference_step import SURE, Runners
+from tidar.kernels.reference_step import Runners
 from tidar.noise import gumbel
-from tidar.proposals import KNOWN, MOST_ALTERNATES
+from tidar.proposals import KNOWN, RUNNERS_UP
 
-__all__ = ["GROUPS", "PlainLists", "chain", "check_chain", "check_results", "lanes", "shortlist"]
+__all__ = [
+    "DEALT", "GROUPS", "KEPT", "Blocks", "PlainLists", "chain", "check_chain", "check_results", "lanes", "prepare",
+    "shortlist",
+]  # fmt: skip
 
 GROUPS = 32
 """G. Lists of 256 tokens lose a few drafts more than lists of 512, whose products are four times as large, which costs
@@ -38,25 +42,40 @@ class PlainLists:
     """What the twin leaves of `tidar.kernels.shortlists.Shortlists`.
 
     Attributes:
-        tokens: (B, R, A) int64, the A tokens that come next after each draft.
+        runners: what came next after each draft.
+        ranked: whether anybody asks.
     """
 
-    tokens: Tensor
+    runners: Runners
+    ranked: bool
 
     @classmethod
-    def of(cls, rows: int, places: int, *, ranked: bool, device: torch.device | str) -> PlainLists:
-        """Memory for R ``places`` in B ``rows``; ``ranked``, if runners-up are asked for."""
-        count = MOST_ALTERNATES if ranked else 0
-        return cls(torch.zeros(rows, places, count, dtype=torch.long, device=device))
+    def of(cls, rows: int, places: int, *, states: int = 0, ranked: bool, device: torch.device | str) -> PlainLists:
+        """Memory for R ``places`` in B ``rows``, of which there is no more for more states."""
+        shape = rows, places, RUNNERS_UP
+        return cls(Runners(*(torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))), ranked)
 
     def forget(self) -> None:
         """All runners-up are token 0."""
-        self.tokens.zero_()
+        self.runners.tokens.zero_()
+        self.runners.followers.zero_()
 
-    @property
-    def runners(self) -> Runners:
-        """What came next."""
-        return Runners(self.tokens)
+
+class Blocks(NamedTuple):
+    """Where in a step of L queries a row its masks stand."""
+
+    queries: int
+    """L."""
+    first: int
+    """Queries before them."""
+    stride: int
+    """M, of a block."""
+    levels: Tensor | None
+    """(B, P) int64: tokens before each block."""
+
+
+def prepare(*_: Any, **__: Any) -> None:
+    """The twin needs no lists beforehand."""
 
 
 def chain(
@@ -74,6 +93,7 @@ def chain(
     offset: int,
     sampling: bool,
     rows: Tensor | None = None,
+    given: Tensor | None = None,
     out: Tensor | None = None,
     chances: Tensor | None = None,
     shortlists: PlainLists | None = None,
@@ -83,33 +103,45 @@ def chain(
     Any floating dtypes, float64 included, in which the sums are then.
     """
     check_chain(base, state, first, made, token_table, mix, suppressed, temperature, seed, lengths, rows)
-    check_results(made, out, chances)
+    check_results(made, given, out, chances)
     if rows is not None:
         base, state = base[rows.long()], state[rows.long()]
     out = torch.empty(base.shape[:2], dtype=torch.int64, device=base.device) if out is None else out
     wide, before = base.dtype, first
+    known = torch.zeros_like(first) if given is None else given.long()
+    last: Tensor | None = None
     named = _named(base, suppressed)
     listed = named.clamp(max=base.shape[2] - 1)
     scores = base.masked_fill(suppressed, -torch.inf).gather(2, listed).masked_fill(named != listed, -torch.inf)
     for place in range(base.shape[1]):
         tokens = listed[:, place]
-        gate = silu(state[:, place].to(wide) + token_table[before].to(wide)).to(mix.dtype)
-        bent = (mix[tokens].to(wide) @ gate.to(wide)[:, :, None])[:, :, 0]
-        sure = (made[:, place].to(torch.int8) == SURE)[:, None]
-        score = scores[:, place] + bent.masked_fill(sure, 0)
-        odds = score.softmax(1).nan_to_num().masked_fill(sure, KNOWN)  # NaN of a list without a token
+        noise = scores.new_zeros(())
         if sampling:
             position = lengths.long()[:, None] + offset + place
             noise = gumbel(seed, position, base.shape[2])[:, 0].gather(1, tokens)
-            score = score + temperature[:, None].to(wide) * noise
+            noise = temperature[:, None].to(wide) * noise
+
+        def bent(before: Tensor, place: int = place, tokens: Tensor = tokens) -> Tensor:
+            gate = silu(state[:, place].to(wide) + token_table[before].to(wide)).to(mix.dtype)
+            return scores[:, place] + (mix[tokens].to(wide) @ gate.to(wide)[:, :, None])[:, :, 0]
+
+        score = bent(before)
+        odds = score.softmax(1).nan_to_num()  # NaN of a list without a token
+        score = score + noise
         best = score.argmax(1, keepdim=True)
-        if shortlists is not None:
+        if shortlists is not None and shortlists.ranked:
+            if last is not None:
+                behind = [tokens.gather(1, (bent(other) + noise).argmax(1, keepdim=True)) for other in last.T]
+                shortlists.runners.followers[:, place - 1] = torch.cat(behind, 1)
             ranked = score.scatter(1, best, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-            shortlists.tokens[:, place] = tokens.gather(1, ranked[:, : shortlists.tokens.shape[2]])
-        before = tokens.gather(1, best)[:, 0]
-        out[:, place] = torch.where(made[:, place].bool(), before, 0)
+            last = shortlists.runners.tokens[:, place] = tokens.gather(1, ranked[:, :RUNNERS_UP])
+            shortlists.runners.followers[:, place] = 0
+        there = known > place
+        before = torch.where(there, out[:, place], tokens.gather(1, best)[:, 0])
+        out[:, place] = torch.where(made[:, place] | there, before, 0)
         if chances is not None:
-            chances[:, place] = torch.where(made[:, place].bool(), odds.gather(1, best)[:, 0], 0)
+            chance = torch.where(made[:, place], odds.gather(1, best)[:, 0], 0)
+            chances[:, place] = chance.masked_fill(there, KNOWN)
     return out
 
 
@@ -176,7 +208,7 @@ def check_chain(
         raise TidarError("logits, states, tables and temperatures must be floating point")
     if suppressed.shape != (vocab,) or suppressed.dtype != torch.bool:
         raise TidarError(f"suppressed must be ({vocab},) bool, not {tuple(suppressed.shape)} {suppressed.dtype}")
-    if made.shape != (rows, places) or made.dtype not in (torch.bool, torch.int8):
+    if made.shape != (rows, places) or made.dtype != torch.bool:
         raise TidarError(f"made must be {(rows, places)} bool, not {tuple(made.shape)} {made.dtype}")
     if temperature.shape != (rows,):
         raise TidarError(f"temperature must be ({rows},), not {tuple(temperature.shape)}")
@@ -187,9 +219,13 @@ def check_chain(
         raise TidarError(f"lengths must be ({rows},) int32, not {tuple(lengths.shape)} {lengths.dtype}")
 
 
-def check_results(made: Tensor, out: Tensor | None, chances: Tensor | None) -> None:
+def check_results(made: Tensor, given: Tensor | None, out: Tensor | None, chances: Tensor | None) -> None:
     """Raise `TidarError` if the tensors that ``chain`` writes to do not fit its arguments."""
     rows, places = made.shape
+    if given is not None and (out is None or given.shape != (rows,) or given.dtype != torch.int32):
+        raise TidarError(
+            f"given must be ({rows},) int32 and count drafts in out, not {tuple(given.shape)} {given.dtype}"
+        )
     if chances is not None and (chances.shape != (rows, places) or chances.dtype != torch.float32):
         raise TidarError(f"chances must be {(rows, places)} float32, not {tuple(chances.shape)} {chances.dtype}")
     if out is not None and (out.shape != (rows, places) or out.dtype != torch.int64):

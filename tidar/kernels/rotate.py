@@ -26,7 +26,7 @@ def _rotate(
     heads, q, k, q_norm, k_norm, cos, sin, levels, lengths, counts, k_pages, v_pages, table, eps,
     page_step, slot_step, head_step, table_step, table_width, positions,
     Q: tl.constexpr, K: tl.constexpr, Q_UP: tl.constexpr, K_UP: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr,
+    QUERIES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr, PAIRS: tl.constexpr,
     LEVEL_STEP: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query; program 1 of it takes keys and values."""
@@ -37,7 +37,7 @@ def _rotate(
     length = tl.load(lengths + row)
     place = query
     if BLOCK:
-        place, _ = place_of(query, levels + row * LEVEL_STEP, True, CAUSAL, BLOCK, OTHERS, EACH)
+        place, _ = place_of(query, levels + row * LEVEL_STEP, True, CAUSAL, BLOCK, OTHERS, PAIRS)
     position = tl.minimum(length + place, positions - 1)
     column, inside = columns(H, WIDTH)
     column, inside = column[None, :], inside[None, :]
@@ -78,6 +78,7 @@ def rotate(
     eps: float,
     causal: int,
     alternates: int = 0,
+    pairs: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and rotate queries and keys; write the first ``counts[b]`` keys and values behind row b's prefix.
 
@@ -97,11 +98,12 @@ def rotate(
         block_table: (B, n) int32; tokens behind its last page are dropped.
         lengths: (B,) int32, committed tokens of each row.
         counts: (B,) int32 in 0 … L.
-        levels: (P,) or (B, P) integers, as of `tidar.kernels.step_attention.attend`; they, ``causal`` and
-            ``alternates`` say where the queries stand.
+        levels: (A + P,) or (B, A + P) integers, as of `tidar.kernels.step_attention.attend`; they, ``causal``,
+            ``alternates`` and ``pairs`` say where the queries stand.
         eps: of the norms.
         causal: C.
         alternates: A.
+        pairs: of them.
 
     Returns:
         Queries (B, L, Hq, H), keys (B, L, Hk, H), and values (B, L, Hk, H), which are a view of ``heads``.
@@ -110,7 +112,7 @@ def rotate(
         TidarError: arguments that do not fit together.
     """
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, k_pages, v_pages, block_table, lengths, counts)
-    block = check_levels(levels, heads.shape[0], heads.shape[1], causal, alternates)
+    block = check_levels(levels, heads.shape[0], heads.shape[1], causal, alternates, pairs)
     rows, queries, _, width = heads.shape
     kv_heads = k_pages.shape[2]
     q = torch.empty(rows, queries, query_heads, width, dtype=heads.dtype, device=heads.device)
@@ -120,7 +122,7 @@ def rotate(
         *k_pages.stride()[:3], block_table.stride(0), block_table.shape[1], cos.shape[0],
         Q=query_heads, K=kv_heads, Q_UP=power_of_2(query_heads), K_UP=power_of_2(kv_heads), H=width,
         WIDTH=power_of_2(width), QUERIES=queries, CAUSAL=causal,
-        BLOCK=block, OTHERS=levels.shape[-1] * alternates, EACH=alternates,
+        BLOCK=block, OTHERS=alternates, PAIRS=pairs,
         LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=k_pages.shape[1],
         **options(heads.device),
     )  # fmt: skip

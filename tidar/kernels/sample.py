@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tidar.errors import TidarError
-from tidar.kernels.greedy import greedy, logits_of
+from tidar.kernels.greedy import greedy, logits_of, place_of
 from tidar.kernels.noise import gumbel, words
 from tidar.kernels.params import DeviceParams
-from tidar.kernels.pdl import begin, options
+from tidar.kernels.pdl import THEN, begin, options
 from tidar.kernels.workspace import power_of_2
 
 __all__ = ["sample"]
@@ -122,9 +122,10 @@ def _best(bound, seed, position, given, held, highest, temperature, VOCAB: tl.co
 
 @triton.jit
 def _sample(
-    logits, lengths, temperatures, top_ks, top_ps, penalties, seeds, suppressed, seen, drafts, out, bad,
-    first, logits_step, row_step, seen_step, drafts_step,
-    VOCAB: tl.constexpr, CHUNK: tl.constexpr, SAMPLING: tl.constexpr, FILTERING: tl.constexpr, PDL: tl.constexpr,
+    logits, lengths, temperatures, top_ks, top_ps, penalties, seeds, suppressed, seen, drafts, places, out, bad,
+    first, logits_step, row_step, seen_step, drafts_step, places_step,
+    PLACES: tl.constexpr, PAIRS: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr,
+    SAMPLING: tl.constexpr, FILTERING: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row."""
     begin(PDL)
@@ -135,7 +136,8 @@ def _sample(
         penalty = tl.load(penalties + b)
     if drafts is not None:
         drafts += b * drafts_step
-    given = (logits + b * logits_step + r.to(tl.int64) * row_step, suppressed, seen, drafts, r + 1, penalty)
+    place, count = place_of(r, places, b * places_step, PLACES, PAIRS)
+    given = (logits + b * logits_step + r.to(tl.int64) * row_step, suppressed, seen, drafts, count, penalty)
 
     # The best token of each lane, the first among equals. A NaN becomes infinite, so that it is not overlooked.
     peak, at = tl.full((CHUNK,), -float("inf"), tl.float32), tl.arange(0, CHUNK)
@@ -152,7 +154,7 @@ def _sample(
     if SAMPLING:
         temperature = tl.load(temperatures + b)
         if fine & (temperature > 0):
-            seed, position = tl.load(seeds + b), tl.load(lengths + b).to(tl.int64) + first + r
+            seed, position = tl.load(seeds + b), tl.load(lengths + b).to(tl.int64) + first + place
             held = tl.div_rn(peak - highest, temperature)
             key = tl.full((), LAST, tl.int64)
             limit = float("inf")
@@ -195,6 +197,8 @@ def sample(
     suppressed: Tensor | None = None,
     seen: Tensor | None = None,
     drafts: Tensor | None = None,
+    others: Tensor | None = None,
+    pairs: int = 0,
     sampling: bool,
     filtering: bool,
     bad: Tensor | None = None,
@@ -213,7 +217,10 @@ def sample(
         first: position of row 0 from ``lengths``.
         suppressed: (V,) bool, tokens that are never produced.
         seen: (B, V) bool, contiguous in V, the tokens of the committed text: turns repetition penalties on.
-        drafts: (B, at least R) int64, contiguous in R: row r has seen the first r + 1 of them too.
+        drafts: (B, at least R - A) int64, contiguous in a row: row r has seen the first r + 1 of them too.
+        others: (B, at least A) int64, contiguous in A: the last A rows are alternates behind so many drafts, and have
+            seen these (`tidar.kernels.accept.accept`). What they have seen beside decides over drafts only.
+        pairs: how many pairs the alternates begin with, of which the second stands a position further.
         sampling: whether any temperature may be above 0.
         filtering: whether any row with a temperature may have top-k or top-p on.
         bad: (1,) int32, set to 1 if a row's logits have a NaN or an infinite maximum, never to 0. The row's token is 0.
@@ -228,19 +235,21 @@ def sample(
     """
     rows, places, vocab = logits.shape
     out = torch.empty(rows, places, dtype=torch.int64, device=logits.device) if out is None else out
-    _check(logits, params, lengths, suppressed, seen, drafts, bad, out)
+    told = 0 if others is None else others.shape[1]
+    _check(logits, params, lengths, suppressed, seen, drafts, told, bad, out)
     chunk = chunk_of(vocab) if chunk is None else chunk
     if chunk < 16 or power_of_2(chunk) != chunk:
         raise TidarError(f"a chunk must be a power of 2 of at least 16, not {chunk}")
     masked, known = (None if t is None else t.view(torch.uint8) for t in (suppressed, seen))
     if not sampling and vocab > chunk:
-        return greedy(logits, params.penalty, masked, known, drafts, out, bad, chunk)
+        return greedy(logits, params.penalty, masked, known, drafts, others, pairs, out, bad, chunk)
     _sample[places, rows](
-        logits, lengths, *params.tensors, masked, known, drafts, out, bad,
+        logits, lengths, *params.tensors, masked, known, drafts, others, out, bad,
         first, *logits.stride()[:2], 0 if seen is None else seen.stride(0), 0 if drafts is None else drafts.stride(0),
+        0 if others is None else others.stride(0), PLACES=places - told, PAIRS=pairs,
         VOCAB=vocab, CHUNK=chunk, SAMPLING=sampling, FILTERING=sampling and filtering,
         # A product must be rounded before it is added to, as everywhere else.
-        num_warps=warps(chunk), enable_fp_fusion=False, **options(logits.device),
+        num_warps=warps(chunk), enable_fp_fusion=False, **options(logits.device, when=THEN),
     )  # fmt: skip
     return out
 
@@ -252,6 +261,7 @@ def _check(
     suppressed: Tensor | None,
     seen: Tensor | None,
     drafts: Tensor | None,
+    others: int,
     bad: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -267,9 +277,14 @@ def _check(
     if seen is not None and (seen.shape != (rows, vocab) or seen.dtype != torch.bool or seen.stride(1) != 1):
         raise TidarError(f"seen must be bool of shape {(rows, vocab)}, contiguous in the vocabulary")
     if drafts is not None and (
-        drafts.dtype != torch.int64 or drafts.shape[0] != rows or drafts.shape[1] < places or drafts.stride(1) != 1
+        drafts.dtype != torch.int64
+        or drafts.shape[0] != rows
+        or drafts.shape[1] < places - others
+        or drafts.stride(1) != 1
     ):
-        raise TidarError(f"drafts must be int64, at least {places} for each of {rows} rows, contiguous in a row")
+        raise TidarError(
+            f"drafts must be int64, at least {places - others} for each of {rows} rows, contiguous in a row"
+        )
     if bad is not None and (bad.numel() != 1 or bad.dtype != torch.int32):
         raise TidarError("bad must be one int32")
     if out.shape != (rows, places) or out.dtype != torch.int64 or not out.is_contiguous():

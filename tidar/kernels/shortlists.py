@@ -19,15 +19,16 @@ class Shortlists:
     """What the kernels leave for one another, for one shape; one launch at a time uses it.
 
     Attributes:
-        tokens: (B, R, S) int32, the shortlists.
-        scores: (B, R, S) float32, their logits without the transition.
-        noise: (B, R, S) float32, noise times temperature; written if there is any.
+        tokens: (N, S) int32, the shortlists, of N hidden states.
+        scores: (N, S) float32, their logits without the transition.
+        noise: (N, S) float32, noise times temperature; written if there is any.
         following: (B, R, S) int64, the successor's slot and token for each token of the list before, and in its lower
             half, as float32, the log of that successor's probability, with its noise on top.
         arrived: (B,) int32, programs that have found their successors: 0 between launches, and only theirs to write.
         choices: (B, R, S, S) float32, what successors were chosen by, for whoever asks for the next best; or None. 4
             MiB a row of 16 drafts.
         came: (B, R) int32, which token of the list before came, beside it.
+        listed: (B, R) int32, which of the N lists was a place's, beside it.
     """
 
     tokens: Tensor
@@ -37,10 +38,14 @@ class Shortlists:
     arrived: Tensor
     choices: Tensor | None = None
     came: Tensor | None = None
+    listed: Tensor | None = None
 
     @classmethod
-    def for_step(cls, rows: int, places: int, *, ranked: bool = False, device: torch.device | str) -> Shortlists:
-        """Memory for R ``places`` in B ``rows``; ``ranked``, if runners-up are asked for.
+    def for_step(
+        cls, rows: int, places: int, *, states: int = 0, ranked: bool = False, device: torch.device | str
+    ) -> Shortlists:
+        """Memory for R ``places`` in B ``rows``, of so many ``states`` if they are more; ``ranked``, if runners-up are
+        asked for.
 
         Raises:
             TidarError: sizes below 1.
@@ -48,19 +53,21 @@ class Shortlists:
         if min(rows, places) < 1:
             raise TidarError(f"no shortlists for {rows} rows of {places} drafts")
         shape = rows, places, GROUPS * KEPT
-        tokens = torch.zeros(shape, dtype=torch.int32, device=device)
-        scores, noise = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2))
+        lists = max(states, rows * places), shape[2]
+        tokens = torch.zeros(lists, dtype=torch.int32, device=device)
+        scores, noise = (torch.zeros(lists, dtype=torch.float32, device=device) for _ in range(2))
         following = torch.zeros(shape, dtype=torch.int64, device=device)
         arrived = torch.zeros(rows, dtype=torch.int32, device=device)
         choices = torch.zeros(*shape, shape[2], dtype=torch.float32, device=device) if ranked else None
-        came = torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None
-        return cls(tokens, scores, noise, following, arrived, choices, came)
+        whose = [torch.zeros(rows, places, dtype=torch.int32, device=device) if ranked else None for _ in range(2)]
+        return cls(tokens, scores, noise, following, arrived, choices, *whose)
 
     def forget(self) -> None:
-        """All runners-up are token 0."""
+        """All runners-up are token 0, and what follows them too."""
         self.tokens.zero_()
+        self.following.zero_()
 
     @property
     def runners(self) -> Runners:
         """What came next."""
-        return Runners(self.tokens, self.choices, self.came)
+        return Runners(self.tokens, self.following, self.choices, self.came, self.listed)

@@ -17,7 +17,7 @@ Lengths, levels and page tables are read on the device only: grid and shapes dep
 captured in a CUDA graph. The kernel is `tidar.kernels.attention_kernel`; `tidar.kernels.reference` and
 `tidar.kernels.reference_step` are the plain twins.
 
-Legend: B rows, L queries, C causal ones, P blocks of M masks and A alternates each, Hq = G·Hk query heads, Hk key
+Legend: B rows, L queries, C causal ones, A alternates, P blocks of M masks, Hq = G·Hk query heads, Hk key
 heads, D head width.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tidar.errors import TidarError
 from tidar.kernels.attention_kernel import LOG2E, attention, join
-from tidar.kernels.pdl import options
+from tidar.kernels.pdl import EARLY, LATE, options
 from tidar.kernels.reference import check_step
 from tidar.kernels.reference_step import check_rotate
 from tidar.kernels.workspace import Workspace, joining, own_keys, power_of_2
@@ -56,6 +56,7 @@ def attend(
     *,
     causal: int,
     alternates: int = 0,
+    pairs: int = 0,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -68,8 +69,9 @@ def attend(
 
     Query i < C is a causal token at position ``lengths[b] + i`` and sees the prefix and causal tokens 0 … i. Mask m of
     block p is at position ``lengths[b] + levels[p] + m`` and sees the prefix, the first ``levels[p]`` causal tokens and
-    all masks of its block. Between the two stand P·A alternates: those of block p are at position ``lengths[b] +
-    levels[p]`` and see the prefix, the first ``levels[p]`` causal tokens and themselves.
+    all masks of its block. Between the two stand A alternates: one of level n is at position ``lengths[b] + n`` and
+    sees the prefix, the first n causal tokens and itself. The second of a pair is at the next position and sees the
+    first too. The first A ``levels`` are theirs.
 
     Args:
         q: (B, L, Hq, D) float32, float16 or bfloat16, rotary embedding applied, as all of the next four.
@@ -79,10 +81,12 @@ def attend(
         v_pages: the same.
         block_table: (B, n) int32, the pages of each row in order; entries behind its prefix mean nothing.
         lengths: (B,) int32, committed tokens of each row, at most ``n · page_size``.
-        levels: (P,) integers in 0 … C, the causal tokens that each block of masks sees, or (B, P), each row's own. Not
+        levels: (A + P,) integers in 0 … C, the causal tokens that each alternate and each block of masks sees, those of
+            a pair the same, or (B, A + P), each row's own. Not
             checked: they stay on the device.
-        causal: C; of the other L - C queries P·A are alternates, the rest P equal blocks.
+        causal: C; of the other L - C queries A are alternates, the rest P equal blocks.
         alternates: A.
+        pairs: how many pairs they begin with.
         scale: factor on the scores; 1/sqrt(D) by default.
         window: a query sees keys at positions ``> position - window`` only.
         softcap: scores become ``softcap · tanh(scores / softcap)``.
@@ -97,11 +101,11 @@ def attend(
         TidarError: arguments that do not fit together.
     """
     bounds = scale, window, softcap
-    check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, causal, alternates, *bounds, sinks)
+    shape = causal, alternates, pairs
+    check_step(q, k_new, v_new, k_pages, v_pages, block_table, lengths, levels, *shape, *bounds, sinks)
     cache = k_pages, v_pages, block_table, lengths
     rotary = None if cached is None else (None, None, None, None, cached)
-    shape = 0.0, causal, alternates
-    return _launch(q, k_new, v_new, rotary, *cache, levels, *shape, *bounds, sinks, out, workspace)
+    return _launch(q, k_new, v_new, rotary, *cache, levels, 0.0, *shape, *bounds, sinks, out, workspace)
 
 
 def rotate_attend(
@@ -120,6 +124,7 @@ def rotate_attend(
     eps: float,
     causal: int,
     alternates: int = 0,
+    pairs: int = 0,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -137,9 +142,9 @@ def rotate_attend(
         block_table: (B, n) int32; what it has no page for is not written.
         lengths: (B,) int32, committed tokens of each row.
         counts: (B,) int32 in 0 … C, causal tokens of each row whose keys and values are written.
-        levels: (P,) or (B, P) integers in 0 … C.
+        levels: (A + P,) or (B, A + P) integers in 0 … C.
         eps: of the norms.
-        causal, alternates, scale, window, softcap, sinks, out, workspace: as of `attend`.
+        causal, alternates, pairs, scale, window, softcap, sinks, out, workspace: as of `attend`.
 
     Returns:
         (B, L, Hq, D).
@@ -151,9 +156,10 @@ def rotate_attend(
     query_heads = check_rotate(heads, q_norm, k_norm, cos, sin, *cache, counts)
     q, k, v = heads.split([query_heads, k_pages.shape[2], k_pages.shape[2]], 2)
     bounds = scale, window, softcap
-    check_step(q, k, v, *cache, levels, causal, alternates, *bounds, sinks)
+    shape = causal, alternates, pairs
+    check_step(q, k, v, *cache, levels, *shape, *bounds, sinks)
     rotary = q_norm, k_norm, cos, sin, counts
-    return _launch(q, k, v, rotary, *cache, levels, eps, causal, alternates, *bounds, sinks, out, workspace)
+    return _launch(q, k, v, rotary, *cache, levels, eps, *shape, *bounds, sinks, out, workspace)
 
 
 def _launch(
@@ -169,6 +175,7 @@ def _launch(
     eps: float,
     causal: int,
     alternates: int,
+    pairs: int,
     scale: float | None,
     window: int | None,
     softcap: float | None,
@@ -179,7 +186,7 @@ def _launch(
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TidarError(f"the kernel has no {q.dtype}: use tidar.kernels.reference")
     rows, length, query_heads, width = q.shape
-    heads, page, blocks = k_new.shape[2], k_pages.shape[1], levels.shape[-1]
+    heads, page, blocks = k_new.shape[2], k_pages.shape[1], levels.shape[-1] - alternates
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
         raise TidarError(f"out must be contiguous, {tuple(q.shape)} and {q.dtype}")
@@ -192,19 +199,19 @@ def _launch(
             f"the workspace was made for {workspace.shape} on {workspace.part.device}: make one for this step"
         )
     chosen = workspace.tiles
-    group, others = query_heads // heads, blocks * alternates
-    block = (length - causal - others) // blocks if blocks else 0
+    group = query_heads // heads
+    block = (length - causal - alternates) // blocks if blocks else 0
     inner = (width**-0.5 if scale is None else scale) / (softcap or 1)
     factor = LOG2E.value * (softcap or inner)
     wide = max(16, power_of_2(width))
     turned, cached = (rotary[2], rotary[2] is None) if rotary else (None, False)
-    own = own_keys(chosen, 0 if cached else causal, block, blocks, group, others)
+    own = own_keys(chosen, 0 if cached else causal, block, blocks, group, alternates)
     joined = joining(chosen, length * group, wide)
     if cached:
         joined["FLIGHT"] = min(FLIGHT, chosen.splits)  # not as many as this step has registers for
     # Which products and sums the compiler makes one is its choice, and it may choose otherwise for another step.
     contraction = {"enable_fp_fusion": False} if cached else {}
-    cuts, pairs = triton.cdiv(length * group, chosen.rows), rows * heads
+    cuts, each = triton.cdiv(length * group, chosen.rows), rows * heads
     fixed = {
         "HEADS": heads, "GROUP": group, "QUERIES": length, "D": width, "WIDTH": wide,
         "ROWS": chosen.rows, "SPLITS": chosen.splits, "HELD": joined["HELD"], "FLIGHT": joined["FLIGHT"],
@@ -212,20 +219,20 @@ def _launch(
     # The parts of many rows are too much for the last program to come: while it reads them, all others have gone. Wider
     # heads have as many programs for fewer rows, and so compiled they spill.
     apart = chosen.splits > 1 and joined["HELD"] >= MANY and wide <= 128
-    attention[cuts, pairs, chosen.splits](
+    attention[cuts, each, chosen.splits](
         q, k_new, v_new, *(rotary or [None] * 5), k_pages, v_pages, block_table, lengths, levels, sinks,
         out, workspace.part, workspace.peaks, workspace.totals, workspace.arrived, inner, factor,
         eps, 0 if turned is None else turned.shape[0], block_table.stride(0), block_table.shape[1],
         Q_STEPS=q.stride(), K_STEPS=k_new.stride(), V_STEPS=v_new.stride(), PAGE_STEPS=k_pages.stride(),
-        CAUSAL=causal, BLOCK=block, OTHERS=others, EACH=alternates,
+        CAUSAL=causal, BLOCK=block, OTHERS=alternates, PAIRS=pairs,
         LEVEL_STEP=levels.stride(0) if levels.dim() > 1 else 0, PAGE=page,
         WINDOW=window or 0, SOFTCAP=softcap is not None, KEYS=chosen.keys,
         OWN=own if turned is None else min(own, TURNED), FEW=joined["FEW"], APART=apart, **fixed,
         num_warps=chosen.warps, num_stages=chosen.stages, **contraction,
-        **options(q.device, late=chosen.rows < 64),
+        **options(q.device, when=LATE if chosen.rows < 64 else EARLY),
     )  # fmt: skip
     if apart:
-        join[cuts, pairs, joined["HELD"] // FEW](
+        join[cuts, each, joined["HELD"] // FEW](
             out, workspace.part, workspace.peaks, workspace.totals, FEW=FEW, num_warps=4, **fixed,
             **contraction, **options(q.device),
         )  # fmt: skip

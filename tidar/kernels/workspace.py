@@ -120,7 +120,7 @@ def own_keys(chosen: Tiles, causal: int, block: int, blocks: int, group: int, ot
     if block:
         inside = not split and queries % block == 0 and (causal + others) % block == 0  # no block lies in two tiles
         touched = min(blocks, queries // block if inside else (queries - 2) // block + 2)
-    return min(chosen.keys, max(16, power_of_2(causal + min(others, queries) + touched * block)))
+    return min(chosen.keys, max(16, power_of_2(causal + min(others, queries + 1) + touched * block)))
 
 
 def joining(chosen: Tiles, lines: int, width: int) -> dict[str, int]:
