@@ -18,6 +18,7 @@ from torch import Tensor
 from tidar import noise
 from tidar.config import SamplingParams
 from tidar.errors import TidarError
+from tidar.fast.plain_sample import sample as plain
 from tidar.kernels.params import DeviceParams
 from tidar.sampling import RowParams, process, sample, seen_after
 
@@ -56,6 +57,8 @@ class Case:
     penalty: bool = False
     drafted: bool = True
     first: int = 1
+    others: int = 0
+    pairs: int = 0
     made: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,9 @@ class Case:
             "seen": seen if self.penalty else None,
             "drafts": drafts if self.penalty and self.drafted else None,
         }
+        if self.others:
+            levels = torch.randint(1, places - self.others + 1, (rows, self.others + 3), generator=draw)
+            self.made["others"] = levels[:, : self.others]
 
     def wanted(self) -> Tensor:
         """By the functions that the kernel replaces."""
@@ -83,13 +89,24 @@ class Case:
             logits = logits.masked_fill(self.made["suppressed"], -torch.inf)
         if seen is not None:
             seen = seen[:, None] if drafts is None else seen_after(seen, drafts[:, :places])
-        positions = self.made["lengths"].long()[:, None] + self.first + torch.arange(places)
+        place = torch.arange(places).expand(len(logits), places).clone()
+        if self.others:
+            levels, count = self.made["others"], places - self.others
+            place[:, count:] = levels
+            place[:, count + 1 : count + 2 * self.pairs : 2] += 1
+            if seen is not None:
+                alone = self.made["seen"][:, None]
+                after = torch.cat([alone, seen[:, :count].expand(-1, count, -1)], 1)
+                told = [after[row, levels[row]] for row in range(len(logits))]
+                seen = torch.cat([after[:, 1:], torch.stack(told)], 1)
+        positions = self.made["lengths"].long()[:, None] + self.first + place
         return sample(process(logits, rows, seen), rows, positions)
 
     def computed(self, chunk: int | None = None, **options: Any) -> Tensor:
         rows = RowParams.of(self.params)
         given: dict[str, Any] = {n: None if t is None else t.to(DEVICE) for n, t in self.made.items()}
         given |= {"sampling": rows.any_sampling, "filtering": rows.any_filter, "first": self.first}
+        given |= {"pairs": self.pairs} if self.others else {}
         given |= {"out": torch.full(self.logits.shape[:2], -(10**9), device=DEVICE)} | options
         logits = self.logits.to(DEVICE)
         before = logits.clone()
@@ -112,6 +129,24 @@ def random_logits(kind: str, rows: int, places: int, vocab: int, seed: int = 0) 
             return (2 * x).round() + 40
         case _:
             return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.parametrize("vocab", [60, 9000])
+@pytest.mark.parametrize("params", [MIXED[:2], MIXED[2:7]], ids=["greedy", "mixed"])
+def test_alternates_are_sampled_where_they_stand(params: list[SamplingParams], vocab: int, penalty: bool) -> None:
+    """With the noise of the position behind them, after as many drafts as they follow; by both twins."""
+    case = Case(random_logits("flat", len(params), 9, vocab), params, penalty=penalty, others=5, pairs=2)
+    wanted = case.wanted()
+    assert torch.equal(case.computed(), wanted)
+    rows = RowParams.of(params)
+    flags: dict[str, Any] = {"sampling": rows.any_sampling, "filtering": rows.any_filter}
+    made = {name: each for name, each in case.made.items() if name != "lengths"}
+    if penalty:
+        made["drafts"] = made["drafts"][:, :4]
+    device = DeviceParams.of(params, torch.device("cpu"))
+    found = plain(case.logits, device, case.made["lengths"], first=1, pairs=2, **made, **flags)
+    assert torch.equal(found, wanted)
 
 
 def noise_of(  # type: ignore[no-untyped-def]  # on a GPU Triton would look for Any
@@ -346,10 +381,11 @@ from triton.compiler import ASTSource
 from tidar.kernels import sample
 names = sample._sample.arg_names
 chunk = sample.chunk_of({vocab})
-fixed = dict(VOCAB={vocab}, CHUNK=chunk, SAMPLING=True, FILTERING=True) | dict.fromkeys({absent}, None)
+fixed = dict(VOCAB={vocab}, CHUNK=chunk, PLACES=16, PAIRS=5, SAMPLING=True, FILTERING=True, PDL=3)
+fixed |= dict.fromkeys({absent}, None)
 types = dict.fromkeys(("logits", "temperatures", "top_ps", "penalties"), "*fp32")
 types |= dict.fromkeys(("lengths", "top_ks", "bad"), "*i32") | dict.fromkeys(("suppressed", "seen"), "*u8")
-types |= dict.fromkeys(("seeds", "drafts", "out"), "*i64")
+types |= dict.fromkeys(("seeds", "drafts", "places", "out"), "*i64")
 types = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
 even = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*") or n[-4:] == "step"}}
 source = ASTSource(sample._sample, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
@@ -363,7 +399,7 @@ print(made.metadata.shared, made.asm["ptx"].count("div.rn.f32"), made.asm["ptx"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab", [4096, 151_936])
-@pytest.mark.parametrize("absent", [(), ("seen", "drafts")])
+@pytest.mark.parametrize("absent", [(), ("seen", "drafts"), ("places",)])
 def test_compiles_for_hopper_without_spilling(vocab: int, absent: tuple[str, ...], tmp_path: Any) -> None:
     program = COMPILE.format(vocab=vocab, absent=absent, path=str(tmp_path / "cubin"))
     (tmp_path / "compile.py").write_text(program)
