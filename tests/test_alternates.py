@@ -333,6 +333,7 @@ def test_the_chain_tells_what_came_next(sampling: bool) -> None:
         found.append((out, chances, *kept.runners.best()))
     out, chances, others, behind = found[0]
     torch.testing.assert_close(chances, found[1][1])
+    chances = chances.cpu()
     assert torch.equal(out, found[1][0])
     assert torch.equal(others[0, 1:], found[1][2][0, 1:]) and torch.equal(others[1], found[1][2][1])
     assert torch.equal(behind[0, 1:], found[1][3][0, 1:]) and torch.equal(behind[1], found[1][3][1])

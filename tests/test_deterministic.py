@@ -158,7 +158,7 @@ def hidden(engine: Engine, text: list[int], start: int, shape: Shape) -> Tensor:
         step = Step(network, slots, shape, greedy)
         drafts = torch.tensor([text[start : start + shape.drafts]], device=engine.core.device)
         states = network.hidden(drafts, step._layout, slots)
-        logits = network.lean.logits(states, step._verify.view(-1))
+        logits = network.lean.logits(states, step._verify[:, : shape.drafts].flatten())
         return torch.cat([states.x[: shape.drafts].float(), logits], 1)
 
 

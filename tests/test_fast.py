@@ -170,7 +170,7 @@ def test_nothing_that_is_drafted_for_changes_a_token(
         real(self)
         picked.update(tuple(row) for row in self._levels.tolist())
 
-    monkeypatch.setattr("tidar.fast.step.chance", anything)
+    monkeypatch.setattr("tidar.fast.network.chance", anything)
     if not GPU:
         monkeypatch.setattr(Step, "__call__", noting)
     each = params(**options)

@@ -198,14 +198,16 @@ def test_a_norm_of_what_was_normed(tiles: ProductTiles | None, left: str) -> Non
     rows = torch.tensor([30, 2, 2, 0], dtype=torch.int32, device=DEVICE)
     assert agree(products.norm_linear(**options), wanted, torch.float32)
     assert agree(products.norm_linear(**options, rows=rows), wanted[rows.long()], torch.float32)
-    wanted = torch.cat([once[:, :7], wanted[:, 7:]], 1)
-    assert torch.equal(exact(twin.norm_linear, given | {"behind": 7}), wanted)
-    if left == "both" and tiles is not None:
-        assert agree(products.norm_linear(**options, behind=7), wanted, torch.float32)
-        assert agree(products.norm_linear(**options, behind=7, rows=rows), wanted[rows.long()], torch.float32)
-    else:
-        with pytest.raises(TidarError, match="twice=True"):
-            products.norm_linear(**options, behind=7)
+    for behind in (7, 16):  # within a tile of columns, and where one begins
+        mixed = torch.cat([once[:, :behind], wanted[:, behind:]], 1)
+        assert torch.equal(exact(twin.norm_linear, given | {"behind": behind}), mixed)
+        if left == "both" and tiles is not None:
+            assert agree(products.norm_linear(**options, behind=behind), mixed, torch.float32)
+            found = products.norm_linear(**options, behind=behind, rows=rows)
+            assert agree(found, mixed[rows.long()], torch.float32)
+        else:
+            with pytest.raises(TidarError, match="twice=True"):
+                products.norm_linear(**options, behind=behind)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -116,6 +116,8 @@ def product(
         sums = weighed + chunk[:, None] * squares_row + chosen[None, :]
         sums = tl.load(sums, mask=(chunk < CHUNKS)[:, None] & real[None, :], other=0.0)
         twice = tl.rsqrt(tl.sum(sums, 0) / D + again / (inverse * inverse))
+        if BEHIND % TAKEN == 0:  # one number a row is enough, and its registers
+            inverse = tl.where(first >= BEHIND, twice, inverse)
     start, end = 0, D
     if SPLITS > 1:
         SHARE: tl.constexpr = (D // DEPTH + SPLITS - 1) // SPLITS * DEPTH
@@ -146,7 +148,7 @@ def product(
             acc += tl.load(shares + split * (ROWS * COLS), cache_modifier=".cg")
     if scale is not None:
         acc *= tl.load(scale + w_row)[None, :]
-    if weighed is not None:
+    if weighed is not None and BEHIND % TAKEN != 0:
         acc *= tl.where((w_row >= BEHIND)[None, :], twice[:, None], inverse[:, None])
     elif squares is not None:
         acc *= inverse[:, None]
