@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tidar.bench.floors import Rates, floor
 from tidar.checkpoint import load_model
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.plan import Shape
+from tidar.decode.plan import Outcome, Shape
 from tidar.decode.policy import Alternating, Autoregressive, Fixed, Policy
 from tidar.errors import TidarError
 from tidar.fast import ops
@@ -83,6 +83,24 @@ def test_the_text_is_that_of_the_base(deterministic: bool, plain: Plain) -> None
         assert [c.token_ids for c in found] == expected, name
         if name == "k4":  # the same drafts, so the same forwards
             assert [c.forwards for c in found] == [c.forwards for c in drafted]
+
+
+def test_alternates_are_the_bases(plain: Plain) -> None:  # noqa: F811
+    """They are no masks: what one tells is what the base will say, so it stands."""
+    told: list[Sequence[int]] = [[0] * 3]
+
+    class Listening(Fixed):
+        def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
+            assert all(n > sure for n, sure in zip(outcome.accepted, told[-1], strict=True))
+            told.append(outcome.sure)
+
+    decoder = FastDecoder(Engine(adapted(plain("qwen3")), plain=True), Listening(4, 2, 12), ahead=1)
+    with torch.inference_mode():
+        decoder.prefill(PROMPTS, [SamplingParams(max_new_tokens=400)] * 3)
+        for _ in range(100):
+            decoder.step()
+            decoder._learn()
+    assert sum(sure > 0 for each in told for sure in each) > 3
 
 
 def test_steps_without_masks_run_nothing_more(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -498,6 +498,30 @@ def test_fast_and_plain_meet_the_same(leaning: CausalLM) -> None:
     assert met > 3
 
 
+def test_without_a_transition(converted: Callable[[str], Path]) -> None:
+    """What an alternate tells stands, and what would follow it is the next draft, which leans on none."""
+    core = load_model(converted("qwen3"), dtype="float32", device=DEVICE)
+    engine, told = Engine(core, plain=DEVICE == "cpu"), list[Any]()
+
+    class Listening(Fixed):
+        def learn(self, shape: Shape, outcome: Outcome, seconds: float | None = None) -> None:
+            before = told[-1] if told else [0] * 3
+            assert all(n > sure for n, sure in zip(outcome.accepted, before, strict=True))
+            told.append(outcome.sure)
+
+    decoder = FastDecoder(engine, Listening(4, 2, 12), ahead=1)
+    with torch.inference_mode():
+        decoder.prefill(PROMPTS, [SamplingParams(max_new_tokens=400)] * 3)
+        slots = decoder._slots
+        for _ in range(80):
+            decoder.step()
+            decoder._learn()
+            tokens, behind = engine.network.lists(slots, 3, ranked=True).runners.best()
+            assert torch.equal(behind[:3, :2], slots.drafts[:3, 2:4, None].expand(3, 2, RUNNERS_UP))
+            assert bool((tokens[:3] != slots.drafts[:3, 1:4, None]).all())
+    assert sum(sure > 0 for each in told for sure in each) > 3
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95}])
 def test_what_was_drafted_behind_an_alternate(sampling: dict[str, float]) -> None:
     """Of a model that drafts well it comes now and then; then two drafts are sure, and stand."""

@@ -298,7 +298,7 @@ def test_blocks_of_a_step(
         (chain, Shortlists.for_step(2, masks - 1, states=len(base), device=DEVICE)),
     ):
         blocks, options = Blocks(queries, first, masks, levels), {"lengths": given["lengths"], "offset": 0}
-        module.prepare(base, given["suppressed"], lists, blocks, **noise, **options, beside=True)
+        module.prepare(base.unflatten(0, (2, -1)), given["suppressed"], lists, blocks, **noise, **options, beside=True)
         out = torch.full((2, masks + 1), 33, device=DEVICE)
         chances = torch.full((2, masks - 1), -7.0, device=DEVICE)
         results = {"out": out[:, 1:-1], "chances": chances, "shortlists": lists}

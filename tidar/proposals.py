@@ -25,7 +25,7 @@ MOST_ALTERNATES = 32
 SHARES = (0.33, 0.12, 0.075, 0.05)
 """How often, about, each token that came next after a draft that fell is the one in its place, the best first."""
 RUNNERS_UP = len(SHARES)
-"""Such tokens of a draft that may become alternates."""
+"""Such tokens of a draft that may become alternates: a power of 2, as the kernels count them."""
 
 KNOWN = 0.9
 """Chance of a draft that an alternate told. The check has filters and penalties, the draft may have none, so some fall;

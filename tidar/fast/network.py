@@ -211,7 +211,7 @@ class Network:
         )
 
     def prepare(self, logits: Tensor, blocks: Blocks, slots: Slots, flags: Flags, ranked: bool) -> None:
-        """List tokens for all masks, from all logits (B·L, V), beside the check of the drafts, just launched."""
+        """List tokens for all masks, from all logits (B, L, V), beside the check of the drafts, just launched."""
         self.ops.prepare(
             logits,
             self.suppressed,

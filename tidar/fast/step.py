@@ -65,14 +65,16 @@ class Step:
         # A head that takes chosen rows is another program, which may round otherwise: not where bits count.
         if drafting and len(hidden.x) <= AT_ONCE and not network.lean.deterministic:
             every = network.ends(hidden)
-            logits = every[0].view(slots.rows, self.shape.queries, -1)[:, : k + others]
+            logits = every[0].view(slots.rows, self.shape.queries, -1)
         else:
             logits = network.logits(hidden, self._verify)
         below = self._levels[:, :others] if others else None
         drafts = slots.drafts[:, :k]
-        sampled = network.sample(logits, slots, flags, first=1, drafts=drafts, others=below, pairs=pairs)
+        sampled = network.sample(
+            logits[:, : k + others], slots, flags, first=1, drafts=drafts, others=below, pairs=pairs
+        )
         if every is not None and network.transition is not None:
-            network.prepare(every[0], self._blocks, slots, flags, ranked)
+            network.prepare(logits, self._blocks, slots, flags, ranked)
         states, made, given = network.ops.accept(
             sampled,
             slots.drafts,

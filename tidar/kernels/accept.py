@@ -44,7 +44,7 @@ def _pick(chances, chance_step, row, DRAFTS: tl.constexpr, DRAFTS_UP: tl.constex
 @triton.jit
 def _pair(likely, wanted, DRAFTS: tl.constexpr, DRAFTS_UP: tl.constexpr, SHARES: tl.constexpr):
     """Of an alternate (`tidar.proposals.alternates`): the draft that it comes instead of, from 0, and its rank."""
-    SOME: tl.constexpr = 4
+    SOME: tl.constexpr = len(SHARES)
     rank, share = tl.arange(0, SOME), tl.full((SOME,), SHARES[0], tl.float32)
     for r in tl.static_range(1, SOME):
         share = tl.where(rank == r, SHARES[r], share)

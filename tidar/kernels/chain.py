@@ -22,6 +22,8 @@ Legend: B rows, R drafts, V vocabulary, W width of the transition, G groups of K
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def prepare(
     """List the tokens of all masks of a step, before it is known which of them draft.
 
     Args:
-        base: (B·L, V) float32, contiguous in V: the head's logits.
+        base: (B, L, V) float32, contiguous in V: the head's logits.
         suppressed, temperature, seed, offset, sampling: as of `chain`.
         lists: of B·L states at least.
         blocks: where the masks stand.
@@ -64,11 +66,11 @@ def prepare(
             (`tidar.kernels.pdl.start`).
     """
     queries, first, stride, levels = blocks
-    vocab, rows, at_level = base.shape[1], len(base) // queries, (0 if levels is None else levels.stride(0))
-    shortlist[GROUPS // TOGETHER, queries - first, rows](
+    vocab = base.shape[2]
+    shortlist[GROUPS // TOGETHER, queries - first, len(base)](
         base, suppressed, temperature, seed, lengths, levels, lists.tokens, lists.scores, lists.noise, offset,
-        queries * base.stride(0), base.stride(0), at_level, STRIDE=stride, FIRST=first, QUERIES=queries, BESIDE=beside,
-        VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
+        *base.stride()[:2], 0 if levels is None else levels.stride(0), STRIDE=stride, FIRST=first, QUERIES=queries,
+        BESIDE=beside, VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER, KEPT=KEPT, DEALT=DEALT,
         SAMPLING=sampling, num_warps=TOGETHER, **options(base.device),
     )  # fmt: skip
 
@@ -154,11 +156,8 @@ def chain(
     out = torch.empty(count, places, dtype=torch.int64, device=base.device) if out is None else out
     lists = shortlists.tokens, shortlists.scores, shortlists.noise
     if rows is None:
-        shortlist[GROUPS // TOGETHER, places, count](
-            base, suppressed, temperature, seed, lengths, None, *lists, offset, *base.stride()[:2], 0, STRIDE=places,
-            FIRST=0, QUERIES=places, BESIDE=False, VOCAB=vocab, GROUPS=GROUPS, LANES=lanes(vocab), TOGETHER=TOGETHER,
-            KEPT=KEPT, DEALT=DEALT, SAMPLING=sampling, num_warps=TOGETHER, **options(base.device),
-        )  # fmt: skip
+        noise: dict[str, Any] = {"temperature": temperature, "seed": seed, "lengths": lengths, "sampling": sampling}
+        prepare(base, suppressed, shortlists, Blocks(places, 0, places, None), offset=offset, **noise)
     slots = shortlists.tokens.shape[1]
     fixed = sizes(count, places, slots, width, mix.element_size())
     follow[slots // fixed["ROWS"], places, count](

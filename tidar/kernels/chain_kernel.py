@@ -149,7 +149,7 @@ def follow(
             successor = tl.load(table + j * SLOTS + at)
             walked = tl.where(places == j, successor, walked)
             came = tl.where(places == j, at, came)
-            at = tl.where(j < known, 0, (successor >> (32 + BITS)).to(tl.int32))
+            at = (successor >> (32 + BITS)).to(tl.int32)  # where the next draft is the first to be chosen, any will do
         draft = tl.where(kept, walked >> 32 & TOKEN, 0)
         tl.store(out + row * out_row + places * out_place, draft, mask=real & (places >= known))
         if chances is not None:

@@ -136,9 +136,8 @@ def rotate_attend(
     """As `tidar.kernels.step_attention.rotate_attend`: one after the other."""
     cache = k_pages, v_pages, block_table, lengths
     rotary = q_norm, k_norm, cos, sin
-    sizes: dict[str, Any] = {"causal": causal, "alternates": alternates, "pairs": pairs} | options
     q, k, v = rotate(heads, *rotary, *cache, counts, levels, eps=eps, causal=causal, alternates=alternates, pairs=pairs)
-    return attend(q, k, v, *cache, levels=levels, **sizes)
+    return attend(q, k, v, *cache, levels, causal=causal, alternates=alternates, pairs=pairs, **options)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
