@@ -94,13 +94,13 @@ def test_alternates_are_the_bases(plain: Plain) -> None:  # noqa: F811
             assert all(n > sure for n, sure in zip(outcome.accepted, told[-1], strict=True))
             told.append(outcome.sure)
 
-    decoder = FastDecoder(Engine(adapted(plain("qwen3")), plain=True), Listening(4, 2, 12), ahead=1)
+    decoder = FastDecoder(Engine(adapted(plain("qwen3")), plain=True), Listening(8, 8, 28), ahead=1)
     with torch.inference_mode():
         decoder.prefill(PROMPTS, [SamplingParams(max_new_tokens=400)] * 3)
         for _ in range(100):
             decoder.step()
             decoder._learn()
-    assert sum(sure > 0 for each in told for sure in each) > 3
+    assert sum(sure > 0 for each in told for sure in each) > 2
 
 
 def test_steps_without_masks_run_nothing_more(plain: Plain, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
