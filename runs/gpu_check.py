@@ -39,6 +39,7 @@ TESTS = (
     "test_adapters_fast.py",
     "test_proposals.py",
     "test_alternates.py",
+    "test_alternates_kernels.py",
 )
 
 

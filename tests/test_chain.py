@@ -190,7 +190,7 @@ def test_twin_is_the_transition(
             offset=1,
             sampling=decoder.params.any_sampling,
         )
-        assert torch.equal(found, decoder._next_drafts(first, hidden, made, 0)[:, 1:])
+        assert torch.equal(found, decoder._next_drafts(first, hidden, made, False)[:, 1:])
 
 
 @pytest.mark.parametrize("vocab", [1, 77, 300, 5000])

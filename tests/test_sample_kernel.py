@@ -356,6 +356,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"logits": torch.zeros(2, 3, 10).double()}, "float32"),
     "stride": ({"logits": torch.zeros(2, 10, 3).mT}, "contiguous"),
     "rows": ({"params": DeviceParams.of(MIXED[:3], DEVICE)}, "parameters"),
+    "others of numbers": ({"others": torch.zeros(2, 1, dtype=torch.int32)}, "others must be int64"),
+    "others of few": ({"others": torch.zeros(1, 1, dtype=torch.int64)}, "others must be int64"),
+    "others only": ({"others": torch.zeros(2, 3, dtype=torch.int64)}, "3 rows are not drafts and 3 alternates"),
+    "pairs": ({"others": torch.zeros(2, 1, dtype=torch.int64), "pairs": 1}, "begin with 1 pairs"),
     "lengths": ({"lengths": torch.zeros(2, dtype=torch.long)}, "lengths"),
     "suppressed": ({"suppressed": torch.zeros(9, dtype=torch.bool)}, "suppressed"),
     "seen": ({"seen": torch.zeros(2, 10)}, "seen"),
@@ -392,6 +396,8 @@ source = ASTSource(sample._sample, types, {{(names.index(n),): v for n, v in fix
 options = dict(num_warps=sample.warps(chunk), enable_fp_fusion=False)
 made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 open({path!r}, "wb").write(made.asm["cubin"])
+wait, go = (made.asm["ptx"].index("griddepcontrol." + name) for name in ("wait;", "launch_dependents;"))
+assert wait < go, "what runs beside it finds all before it done"
 print(made.metadata.shared, made.asm["ptx"].count("div.rn.f32"), made.asm["ptx"].count("div.full.f32"))
 """
 """The interpreter takes programs that the compiler does not; the compiler needs no GPU."""

@@ -125,7 +125,7 @@ class TidarDecoder(Rows):
         certain: list[list[int]] = first.tolist()
         self.note(certain)
         made = torch.ones(len(prompts), self.draft_len - 1, dtype=torch.bool, device=first.device)
-        self._drafts = self._next_drafts(first, hidden[:, 2:], made, self.alternates)
+        self._drafts = self._next_drafts(first, hidden[:, 2:], made, self.alternates > 0)
         return certain
 
     def step(self) -> list[list[int]]:
@@ -144,7 +144,7 @@ class TidarDecoder(Rows):
         self.note(certain)
         masks, made, behind = self._proposal(hidden[:, plan.clean :], accepted, shape, picked)
         told = self._told(hidden[:, shape.drafts : plan.clean], accepted, follow, shape, picked)
-        self._drafts = self._next_drafts(follow, masks, made, shape.alternates, told)
+        self._drafts = self._next_drafts(follow, masks, made, shape.alternates > 0, told)
         places = picked.places.gather(1, accepted[:, None] - 1)[:, 0]
         met = [-1] * len(counts) if told is None else told.met.tolist()
         self.outcome = Outcome(counts, behind.tolist(), places.tolist(), met, self._sure.tolist())
@@ -231,10 +231,10 @@ class TidarDecoder(Rows):
         return _Told(met, with_second, both, picked.alternates[row, second])
 
     def _next_drafts(
-        self, first: Tensor, hidden: Tensor, made: Tensor, others: int, told: _Told | None = None
+        self, first: Tensor, hidden: Tensor, made: Tensor, ranked: bool, told: _Told | None = None
     ) -> Tensor:
-        """(B, 1 + R): the certain token, then drafts from mask states (B, R, D); with runners-up if there may be
-        ``others``. Where an alternate came the first draft is the autoregressive token of its state; where its second
+        """(B, 1 + R): the certain token, then drafts from mask states (B, R, D); if ``ranked``, with runners-up.
+        Where an alternate came the first draft is the autoregressive token of its state; where its second
         is this, so is the next."""
         count = hidden.shape[1]
         self._q = hidden.new_zeros(len(first), 0, self.model.vocab_size)  # of drafts that are gone
@@ -261,7 +261,7 @@ class TidarDecoder(Rows):
                 sure += stays
                 states = torch.where(stays[:, None, None], told.states[:, at, None], states)
             chosen, probs, chance, behind = self._choose(
-                states, made[:, part] | (at < sure[:, None]), positions[:, part], others
+                states, made[:, part] | (at < sure[:, None]), positions[:, part], ranked
             )
             drafts.append(chosen)
             q.append(probs)
@@ -274,11 +274,11 @@ class TidarDecoder(Rows):
         return torch.cat(drafts, 1)
 
     def _choose(
-        self, states: Tensor, made: Tensor, positions: Tensor, others: int
+        self, states: Tensor, made: Tensor, positions: Tensor, ranked: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Drafts (B, R) from states (B, R, D), for "ratio" the probabilities (B, R, V) they were drawn from, what
         `tidar.proposals` judges them by (B, R), and the tokens that came next (B, R, `tidar.proposals.RUNNERS_UP`), 0
-        unless there may be ``others``."""
+        unless ``ranked``."""
         seen = None if self.seen is None else self.seen[:, None]
         logits = self.model.head(states)
         scores = self.scores(logits, seen)
@@ -294,6 +294,6 @@ class TidarDecoder(Rows):
         # What replaces a draft of "ratio" has noise of its own.
         shared = positions if self.acceptance == "gumbel" else None
         next_best = drafts.new_zeros(*drafts.shape, RUNNERS_UP)
-        if others:
+        if ranked:
             next_best = runners_up(scores, self.params, shared, drafts, RUNNERS_UP)
         return drafts, q, chance(logits, drafts) * made, next_best

@@ -194,8 +194,7 @@ def _accept(
             met, sure = tl.where(at < 2 * PAIRS, at // 2, at - PAIRS), 1 + right
             tl.store(drafts + row * draft_step + 1, said)
             tl.store(drafts + row * draft_step + 2, tl.sum(tl.where(a == second, told, 0), 0), mask=right > 0)
-    if given is not None:
-        tl.store(given + row, sure)
+    tl.store(given + row, sure)
     if PROPOSALS:
         p, j = tl.arange(0, PROPOSALS_UP), tl.arange(0, MASKS_UP)
         level = tl.load(levels + OTHERS + p, mask=p < PROPOSALS, other=DRAFTS + 1).to(tl.int32)

@@ -203,13 +203,13 @@ def accept(
         same = (alternates == follow) & (below == n[:, None])
         same[:, 1 : 2 * pairs : 2] = False
         at = same.int().argmax(1)
-        paired = at < 2 * pairs
-        second = paired & (alternates[each, at + paired] == told[each, at]) & (masks > 2)
-        given = torch.where(same.any(1), 1 + second.int(), 0)
-        met = torch.where(same.any(1), torch.where(paired, at // 2, at - pairs), met)
+        has_second = at < 2 * pairs
+        right = has_second & (alternates[each, at + has_second] == told[each, at]) & (masks > 2)
+        given = torch.where(same.any(1), 1 + right.int(), 0)
+        met = torch.where(same.any(1), torch.where(has_second, at // 2, at - pairs), met)
         drafts[:, 1] = torch.where(given > 0, told[each, at], drafts[:, 1])
         if masks > 2:
-            drafts[:, 2] = torch.where(given > 1, told[each, at + paired], drafts[:, 2])
+            drafts[:, 2] = torch.where(given > 1, told[each, at + has_second], drafts[:, 2])
     for b, (stand, ticket) in enumerate(zip(n.tolist(), tickets.tolist(), strict=True)):
         entry = ring[ticket % len(ring), b]
         entry[0] = -1 if bad.item() else stand

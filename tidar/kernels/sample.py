@@ -236,6 +236,10 @@ def sample(
     rows, places, vocab = logits.shape
     out = torch.empty(rows, places, dtype=torch.int64, device=logits.device) if out is None else out
     told = 0 if others is None else others.shape[1]
+    if others is not None and (others.dtype != torch.int64 or len(others) != rows or others.stride(1) != 1):
+        raise TidarError(f"others must be int64, contiguous in each of {rows} rows")
+    if not 0 <= 2 * pairs <= told < places:
+        raise TidarError(f"{places} rows are not drafts and {told} alternates that begin with {pairs} pairs")
     _check(logits, params, lengths, suppressed, seen, drafts, told, bad, out)
     chunk = chunk_of(vocab) if chunk is None else chunk
     if chunk < 16 or power_of_2(chunk) != chunk:
