@@ -165,12 +165,14 @@ class Engine:
 
     def _overlaps(self, rows: int) -> bool:
         """Launches overlap, which was measured to pay where they are short (docs/benchmarks.md): with all weights in
-        the L2 cache, and with few rows and weights that take a few microseconds to read."""
+        the L2 cache, and with few rows and weights that take a few microseconds to read; and where products begin
+        with their weights, before what makes their rows has ended."""
         lean = self.network.lean
         weights = [w for layer in lean.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         held = sum(w.nbytes for w in weights)
         cache = torch.cuda.get_device_properties(self.core.device).L2_cache_size
-        return bool(held + lean.head.nbytes <= cache or (rows <= 32 and held <= SHORT * len(weights)))
+        short = held + lean.head.nbytes <= cache or (rows <= 32 and held <= SHORT * len(weights))
+        return bool(short or lean.on_hopper(rows))
 
     def clock(self, slots: Slots, plans: Sequence[Plan], flags: Flags, halfway: int) -> Clock:
         """What steps of these plans take for these rows; measured once, and asked for again whenever rows have left.

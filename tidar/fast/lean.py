@@ -21,6 +21,8 @@ from torch.nn.functional import linear, rms_norm
 from tidar.errors import TidarError
 from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks, Pair
 from tidar.fast.layers import Layer, fused, layer_of, weight_of
+from tidar.kernels.hopper import able
+from tidar.kernels.hopper_tiles import HopperTiles, hopper_tiles
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
 from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready
@@ -156,7 +158,7 @@ class LeanModel:
             The same for the half behind.
         """
         layer, pairs = self.layers[number], self.adapted[number] if masks.queries else NONE
-        tiles = self._cut(layer.qkv, x, len(x))
+        tiles = self._cut(layer.qkv, x)
         heads = self._ops.norm_linear(x, layer.norm, layer.qkv, layer.qkv_bias, eps=self.eps, tiles=tiles, ready=ready)
         self._adapt(pairs.qkv, heads, x, masks, layer.norm, ready)
         mixed = attend(number, layer, heads.view(len(x), -1, self.head_dim)).view(len(x), -1)
@@ -166,7 +168,7 @@ class LeanModel:
     def mlp(self, x: Tensor, ready: Ready | None, number: int, masks: Masks = NOWHERE) -> Ready | None:
         """The second half of layer ``number``; arguments and result as `attention`'s."""
         layer, pairs = self.layers[number], self.adapted[number] if masks.queries else NONE
-        tiles = self._cut(layer.gate_up, x, len(x))
+        tiles = self._cut(layer.gate_up, x)
         given = x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias
         options = {"eps": self.eps, "tiles": tiles, "ready": ready}
         if pairs.gate_up is None:
@@ -195,9 +197,9 @@ class LeanModel:
         if pair is None:
             return
         rows = masks.rows(x)
-        tiles = self._cut(pair.down, x, len(rows))
+        tiles = self._cut(pair.down, x, rows)
         inner = self._ops.norm_linear(x, norm, pair.down, eps=self.eps, rows=rows, tiles=tiles, ready=ready)
-        tiles = self._cut(pair.up, x, len(rows))
+        tiles = self._cut(pair.up, x, rows)
         if tiles is None:
             texts = masks.of(out)
             texts.baddbmm_(inner.view(len(texts), -1, inner.shape[1]), pair.up.T.expand(len(texts), -1, -1))
@@ -208,7 +210,7 @@ class LeanModel:
         self, x: Tensor, a: Tensor, weight: Weight, bias: Tensor | None, norm: Tensor, *, twice: bool = False
     ) -> Ready | None:
         """``x += a · weightᵀ + bias``; what is left for the norm of the sum, and for a second one behind it."""
-        tiles = self._cut(weight, x, len(x))
+        tiles = self._cut(weight, x)
         if tiles is None:
             left: Ready | None = self._ops.linear_add_norm(x, a, weight, bias, norm, eps=self.eps)
         else:
@@ -225,7 +227,7 @@ class LeanModel:
         # The transition norms what it takes once more, without weights (`tidar.transition`).
         (x, ready), both, vocab = hidden, self._ends, len(self.head)
         again, prepared = float(torch.finfo(x.dtype).eps), ready is not None and ready.weighed is not None
-        if both is not None and prepared and self._cut(both, x, len(x if rows is None else rows)):
+        if both is not None and prepared and self._cut(both, x, rows):
             made = self._wide(hidden, both, rows, again=again, behind=vocab)
             return made[:, :vocab], made[:, vocab:]
         assert self.core.transition is not None
@@ -240,13 +242,22 @@ class LeanModel:
         x, ready = hidden
         count = len(x if rows is None else rows)
         out = torch.empty(count, len(weight), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        options = {"eps": self.eps, "rows": rows, "tiles": self._cut(weight, x, count), "ready": ready}
+        options = {"eps": self.eps, "rows": rows, "tiles": self._cut(weight, x, rows), "ready": ready}
         made: Tensor = self._ops.norm_linear(x, self.norm, weight, out=out, again=again, behind=behind, **options)
         return made
 
-    def _cut(self, weight: Weight, x: Tensor, count: int) -> ProductTiles | None:
-        """How a product of ``count`` rows of ``x`` with ``weight`` is cut up; None is cuBLAS."""
+    def on_hopper(self, rows: int) -> bool:
+        """Whether all products of so many rows in the layers are `tidar.kernels.hopper`'s."""
+        weights = [w for layer in self.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        x = self.embedding[:1].expand(rows, -1)
+        return all(isinstance(self._cut(weight, x), HopperTiles) for weight in weights)
+
+    def _cut(self, weight: Weight, x: Tensor, chosen: Tensor | None = None) -> ProductTiles | HopperTiles | None:
+        """How a product of ``x`` (N, D), or its ``chosen`` rows (R,), with ``weight`` is cut up; None is cuBLAS."""
         (features, depth), size, narrow = weight.shape, x.element_size(), isinstance(weight, Quantised)
+        count = len(x if chosen is None else chosen)
         if self.deterministic:
             return fixed_tiles(features, depth, size, narrow=narrow)
+        if chosen is None and not narrow and able(x.device) and (tiles := hopper_tiles(count, features, depth, size)):
+            return tiles
         return default_tiles(count, features, depth, size, narrow=narrow)

@@ -10,7 +10,8 @@ the grid decides. `tidar.kernels.reference_products` is the plain twin, `tidar.k
 `tidar.kernels.product_kernel` is the kernel. All are launched while the kernel ahead drains (`tidar.kernels.pdl`), and
 those of few rows have asked for their first weights by then.
 
-Without tiles a product is cuBLAS's, with launches of `tidar.kernels.rowwise` around it, and sums are formed by
+`HopperTiles` are for another kernel, of larger models and more rows: `tidar.kernels.hopper`. Without tiles a product is
+cuBLAS's, with launches of `tidar.kernels.rowwise` around it, and sums are formed by
 `tidar.kernels.residual`; what lies between comes from torch's allocator, as in any captured graph, and cuBLAS may sum
 differently for other numbers of rows.
 
@@ -31,6 +32,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tidar.errors import TidarError
+from tidar.kernels import hopper
+from tidar.kernels.hopper_tiles import HopperTiles
 from tidar.kernels.pdl import EARLY, LATE, options
 from tidar.kernels.product_kernel import product
 from tidar.kernels.product_tiles import ProductTiles
@@ -53,7 +56,7 @@ def norm_linear(
     eps: float = 0.0,
     rows: Tensor | None = None,
     out: Tensor | None = None,
-    tiles: ProductTiles | None = None,
+    tiles: ProductTiles | HopperTiles | None = None,
     ready: Ready | None = None,
     again: float | None = None,
     behind: int = 0,
@@ -68,7 +71,7 @@ def norm_linear(
         eps: of the norm, above 0; not read without one.
         rows: (N,) int32 or int64, the rows of x to take, in any order; all by default. Others are not read.
         out: (N, F) of x's dtype or float32, where to write. Made anew in x's dtype without.
-        tiles: how to cut it up; None for cuBLAS.
+        tiles: how to cut it up; None for cuBLAS. `HopperTiles` take no ``rows``.
         ready: of this x and norm, by `linear_add`, `norm` or `tidar.kernels.residual.linear_add_norm`; without, the
             norm is a launch of its own.
         again: epsilon of a second norm, without weights, of what the first one makes; none by default.
@@ -106,7 +109,7 @@ def linear_add(
     norm: Tensor | None = None,
     *,
     into: Tensor | None = None,
-    tiles: ProductTiles,
+    tiles: ProductTiles | HopperTiles,
     twice: bool = False,
 ) -> Ready | None:
     """``x += a · weightᵀ + bias`` in place, the sum formed in float32 and rounded once.
@@ -144,7 +147,7 @@ def norm_gated(
     *,
     eps: float = 0.0,
     out: Tensor | None = None,
-    tiles: ProductTiles | None = None,
+    tiles: ProductTiles | HopperTiles | None = None,
     ready: Ready | None = None,
 ) -> Tensor:
     """``silu(g) · u`` with ``[g | u] = rmsnorm(x) · weightᵀ + bias``; a program computes gates and ups that match.
@@ -170,7 +173,12 @@ def norm_gated(
 
 
 def _prepared(
-    x: Tensor, norm: Tensor | None, eps: float, rows: Tensor | None, ready: Ready | None, tiles: ProductTiles | None
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    rows: Tensor | None,
+    ready: Ready | None,
+    tiles: ProductTiles | HopperTiles | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What a product multiplies: rows, the sums of squares to divide them by, and which rows to take."""
     if ready is not None and (ready.squares is None or tiles is not None):
@@ -193,7 +201,7 @@ def _launch(
     out: Tensor,
     eps: float,
     rows: Tensor | None,
-    tiles: ProductTiles,
+    tiles: ProductTiles | HopperTiles,
     *,
     gates: bool = False,
     add: bool = False,
@@ -204,6 +212,13 @@ def _launch(
     again: float = 0.0,
     behind: int = 0,
 ) -> Ready | None:
+    if isinstance(tiles, HopperTiles):
+        if rows is not None or into is not None or isinstance(weight, Quantised):
+            raise TidarError("tiles for Hopper GPUs take all rows and no quantised weights: use others")
+        return hopper.multiply(
+            x, weight, bias, out, tiles=tiles, gates=gates, add=add, squares=squares, eps=eps, norm=norm, twice=twice,
+            weighed=weighed, again=again, behind=behind,
+        )  # fmt: skip
     if rows is not None:
         tiles = replace(tiles, tma=False)  # it brings neighbours
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[1] % 16:
@@ -220,7 +235,7 @@ def _launch(
     held, scale = (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight, None)
     if tiles.tma and scale is not None:
         raise TidarError("the tensor memory accelerator brings no quantised weights: use tiles without tma")
-    given = _descriptors(x, held, sizes) if tiles.tma else (x, held)
+    taken = _descriptors(x, held, sizes) if tiles.tma else (x, held)
     chunks, squares_row = (0, 0) if squares is None else squares.shape
     scaled = squared = left = None
     if norm is not None:
@@ -228,7 +243,7 @@ def _launch(
         squared, *others = torch.empty(1 + twice, grid[1], count, dtype=torch.float32, device=x.device)
         left = others[0] if twice else None
     product[grid](
-        given[0], rows, into, squares, weighed, given[1], scale, bias, out, norm, scaled, squared, left, part, arrived,
+        taken[0], rows, into, squares, weighed, taken[1], scale, bias, out, norm, scaled, squared, left, part, arrived,
         count, eps, again, x.stride(0), squares_row, out.stride(0), BEHIND=behind, ADD=add,
         CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
