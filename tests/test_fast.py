@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,21 +162,24 @@ def test_nothing_that_is_drafted_for_changes_a_token(
 ) -> None:
     """With chances that say nothing of the drafts, each row and step drafts for others."""
 
-    def anything(logits: Tensor, drafts: Tensor) -> Tensor:
-        return torch.rand(drafts.shape, device=drafts.device)
-
     picked, real = set[tuple[int, ...]](), Step.__call__
 
     def noting(self: Step) -> None:
         real(self)
         picked.update(tuple(row) for row in self._levels.tolist())
 
-    monkeypatch.setattr("tidar.fast.network.chance", anything)
     if not GPU:
         monkeypatch.setattr(Step, "__call__", noting)
     each = params(**options)
     expected = qwen3.generate(PROMPTS, each, method="ar")
     engine = made(converted("qwen3"))
+    draft = engine.network.ops.draft
+
+    def anything(*tensors: Tensor, chances: Tensor, **options: Any) -> None:
+        draft(*tensors, chances=chances, **options)
+        chances.uniform_()
+
+    engine.network.ops.draft = anything
     found = generation.generate(engine.core, PROMPTS, each, lambda: FastDecoder(engine, Fixed(4, proposals)), 5)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert GPU or picked == set(itertools.combinations(range(1, 5), proposals))
