@@ -184,10 +184,11 @@ def test_bad_logits_are_reported(params: SamplingParams, broken: float) -> None:
     given, bad = case.tensors(), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     given["made"].fill_(True)
     given["suppressed"][[7, 4500]] = False
+    given["suppressed"][0] = True  # the token that stands for none
     fine = computed(case, given | {"bad": bad})
     assert not bad.any()
     given["logits"][0, 1, 4500] = given["logits"][1, 2, [7, 0]] = broken
-    given["logits"][1, 3] = -math.inf
+    given["logits"][1, 3, 1:] = -math.inf
     touched = torch.zeros_like(given["made"])
     touched[[0, 1, 1], [1, 2, 3]] = True
     for draft in kernel.draft, plain_sample.draft:

@@ -28,7 +28,7 @@ from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
-from tidar.fast.lean import FAMILIES
+from tidar.fast.lean import FAMILIES, Hidden
 from tidar.fast.network import Flags, Network
 from tidar.fast.pages import PAGE, Pages
 from tidar.fast.slots import Slots
@@ -255,6 +255,21 @@ def test_two_streams_at_once_do_not_meet(engine: Engine, qwen3: Model) -> None:
                 running, generation.Chunk(index=0, token_ids=[], text="", forwards=0, finish_reason=None)
             ).token_ids
     assert tokens == [stream(p) for p in PROMPTS[:3]]
+
+
+def test_nan_of_masks_is_an_error(converted: Callable[[str], Path]) -> None:
+    """Which the next step need not see: what they draft is a token."""
+    engine = made(converted("qwen3"))
+    decoder, network = FastDecoder(engine, Fixed(3, 2)), engine.network
+    with torch.inference_mode():
+        decoder.prefill(PROMPTS[:1], params()[:1])
+        slots = decoder._slots
+        states = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
+        hidden = Hidden(torch.full_like(network.lean.embedding[:2], torch.nan))
+        network.draft(hidden, states, torch.ones(1, 2, dtype=torch.bool, device=DEVICE), slots, Flags(*[False] * 3))
+        assert slots.drafts[0, 1:3].tolist() == slots.chances[0, 1:3].tolist() == [0, 0]
+        with pytest.raises(TidarError, match="NaN or infinite logits"):
+            decoder.step()
 
 
 def test_nan_is_an_error(converted: Callable[[str], Path]) -> None:
