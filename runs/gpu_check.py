@@ -27,6 +27,7 @@ TESTS = (
     "test_products.py",
     "test_residual.py",
     "test_sample_kernel.py",
+    "test_draft_kernel.py",
     "test_chain.py",
     "test_chain_launch.py",
     "test_quantised.py",

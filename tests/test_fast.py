@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.latency import Latency
-from tidar.fast.lean import FAMILIES
+from tidar.fast.lean import FAMILIES, Hidden
 from tidar.fast.network import Flags, Network
 from tidar.fast.pages import PAGE, Pages
 from tidar.fast.slots import Slots
@@ -161,21 +162,24 @@ def test_nothing_that_is_drafted_for_changes_a_token(
 ) -> None:
     """With chances that say nothing of the drafts, each row and step drafts for others."""
 
-    def anything(logits: Tensor, drafts: Tensor) -> Tensor:
-        return torch.rand(drafts.shape, device=drafts.device)
-
     picked, real = set[tuple[int, ...]](), Step.__call__
 
     def noting(self: Step) -> None:
         real(self)
         picked.update(tuple(row) for row in self._levels.tolist())
 
-    monkeypatch.setattr("tidar.fast.network.chance", anything)
     if not GPU:
         monkeypatch.setattr(Step, "__call__", noting)
     each = params(**options)
     expected = qwen3.generate(PROMPTS, each, method="ar")
     engine = made(converted("qwen3"))
+    draft = engine.network.ops.draft
+
+    def anything(*tensors: Tensor, chances: Tensor, **options: Any) -> None:
+        draft(*tensors, chances=chances, **options)
+        chances.uniform_()
+
+    engine.network.ops.draft = anything
     found = generation.generate(engine.core, PROMPTS, each, lambda: FastDecoder(engine, Fixed(4, proposals)), 5)
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     assert GPU or picked == set(itertools.combinations(range(1, 5), proposals))
@@ -251,6 +255,21 @@ def test_two_streams_at_once_do_not_meet(engine: Engine, qwen3: Model) -> None:
                 running, generation.Chunk(index=0, token_ids=[], text="", forwards=0, finish_reason=None)
             ).token_ids
     assert tokens == [stream(p) for p in PROMPTS[:3]]
+
+
+def test_nan_of_masks_is_an_error(converted: Callable[[str], Path]) -> None:
+    """Which the next step need not see: what they draft is a token."""
+    engine = made(converted("qwen3"))
+    decoder, network = FastDecoder(engine, Fixed(3, 2)), engine.network
+    with torch.inference_mode():
+        decoder.prefill(PROMPTS[:1], params()[:1])
+        slots = decoder._slots
+        states = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
+        hidden = Hidden(torch.full_like(network.lean.embedding[:2], torch.nan))
+        network.draft(hidden, states, torch.ones(1, 2, dtype=torch.bool, device=DEVICE), slots, Flags(*[False] * 3))
+        assert slots.drafts[0, 1:3].tolist() == slots.chances[0, 1:3].tolist() == [0, 0]
+        with pytest.raises(TidarError, match="NaN or infinite logits"):
+            decoder.step()
 
 
 def test_nan_is_an_error(converted: Callable[[str], Path]) -> None:

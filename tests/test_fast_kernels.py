@@ -23,7 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [Autoregressive, lambda: Fixed(3, 2), lambda: Alternating(3)])
+@pytest.mark.parametrize(
+    "policy", [Autoregressive, lambda: Fixed(3, 2), lambda: Fixed(3, 2, 4), lambda: Alternating(3)]
+)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}])
 def test_kernels_decode_what_their_twins_do(
     policy: Callable[[], Fixed], options: dict[str, float], converted: Callable[[str], Path]

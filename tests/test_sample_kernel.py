@@ -293,6 +293,25 @@ def test_strided_tensors() -> None:
     assert torch.equal(case.computed(out=None), wanted)
 
 
+@pytest.mark.parametrize("params", [MIXED[:2], MIXED[2:6]], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_chosen_rows(params: list[SamplingParams], chunk: int | None) -> None:
+    """Any of some logits, one more than once, are what would have been copied; by both twins."""
+    logits = random_logits("usual", 1, 19, 200)[0]
+    rows = torch.randint(19, (len(params), 3), generator=torch.Generator().manual_seed(0)).int()
+    rows[0] = torch.tensor([18, 4, 18])
+    case = Case(logits[rows.long()], params, penalty=True)
+    wanted = case.wanted()
+    case.logits = logits
+    out = torch.empty(rows.shape, dtype=torch.int64, device=DEVICE)
+    assert torch.equal(case.computed(chunk, rows=rows.to(DEVICE), out=out), wanted)
+    flags = RowParams.of(params)
+    device, made = DeviceParams.of(params), case.made | {"drafts": case.made["drafts"][:, :3]}
+    options: dict[str, Any] = {"first": 1, "sampling": flags.any_sampling, "filtering": flags.any_filter}
+    lengths = made.pop("lengths")
+    assert torch.equal(plain(logits, device, lengths, rows=rows, **made, **options), wanted)
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("chunk", [None, 64])
 def test_bad_logits_are_reported(broken: float, chunk: int | None) -> None:
@@ -383,16 +402,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tidar.kernels import sample
-names = sample._sample.arg_names
+from tidar.kernels.sample_kernel import draw
+names = draw.arg_names
 chunk = sample.chunk_of({vocab})
 fixed = dict(VOCAB={vocab}, CHUNK=chunk, PLACES=16, PAIRS=5, SAMPLING=True, FILTERING=True, PDL=3)
 fixed |= dict.fromkeys({absent}, None)
 types = dict.fromkeys(("logits", "temperatures", "top_ps", "penalties"), "*fp32")
-types |= dict.fromkeys(("lengths", "top_ks", "bad"), "*i32") | dict.fromkeys(("suppressed", "seen"), "*u8")
+types |= dict.fromkeys(("rows", "lengths", "top_ks", "bad"), "*i32") | dict.fromkeys(("suppressed", "seen"), "*u8")
 types |= dict.fromkeys(("seeds", "drafts", "places", "out"), "*i64")
 types = {{n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}}
 even = {{(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*") or n[-4:] == "step"}}
-source = ASTSource(sample._sample, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
+source = ASTSource(draw, types, {{(names.index(n),): v for n, v in fixed.items()}}, even)
 options = dict(num_warps=sample.warps(chunk), enable_fp_fusion=False)
 made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 open({path!r}, "wb").write(made.asm["cubin"])
@@ -405,7 +425,7 @@ print(made.metadata.shared, made.asm["ptx"].count("div.rn.f32"), made.asm["ptx"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab", [4096, 151_936])
-@pytest.mark.parametrize("absent", [(), ("seen", "drafts"), ("places",)])
+@pytest.mark.parametrize("absent", [(), ("seen", "drafts"), ("places", "rows")])
 def test_compiles_for_hopper_without_spilling(vocab: int, absent: tuple[str, ...], tmp_path: Any) -> None:
     program = COMPILE.format(vocab=vocab, absent=absent, path=str(tmp_path / "cubin"))
     (tmp_path / "compile.py").write_text(program)

@@ -18,7 +18,6 @@ from tidar.fast.queries import StepLayout
 from tidar.fast.slots import Slots
 from tidar.kernels.reference_chain import Blocks, PlainLists
 from tidar.kernels.workspace import Workspace, fixed_tiles
-from tidar.proposals import KNOWN, RUNNERS_UP, chance
 
 __all__ = ["AT_ONCE", "Flags", "Network"]
 
@@ -170,20 +169,23 @@ class Network:
         drafts, chances = slots.drafts[:, places], slots.chances[:, places]
         lists = self.lists(slots, states.shape[1], ranked=ranked)
         if self.transition is None:
-            logits = self.logits(hidden, states) if every is None else every[0][states]
-            known = torch.zeros_like(made)
-            if given is not None:
-                known = torch.arange(states.shape[1], device=made.device) < given[:, None]
-            chosen = torch.where(known, drafts, self.sample(logits, slots, flags, first=1) * made)
-            logits = logits.masked_fill(self.suppressed, -torch.inf)
-            drafts.copy_(chosen)
-            chances.copy_((chance(logits, chosen) * made).masked_fill(known, KNOWN))
-            if ranked:  # without their noise, which would be made for the whole vocabulary
-                count = min(RUNNERS_UP, logits.shape[2] - 1)
-                best = logits.scatter_(2, chosen[..., None], -torch.inf).topk(count).indices
-                lists.runners.tokens[:, :, :count] = best
-                # Without a transition the next draft leans on none of them.
-                lists.runners.followers[:, :-1] = drafts[:, 1:, None]
+            self.ops.draft(
+                self.logits(hidden, states) if every is None else every[0],
+                slots.params,
+                slots.lengths,
+                made,
+                first=1,
+                suppressed=self.suppressed,
+                seen=slots.seen if flags.penalty else None,
+                sampling=flags.sampling,
+                filtering=flags.filtering,
+                bad=slots.bad,
+                rows=None if every is None else states,
+                given=given,
+                out=drafts,
+                chances=chances,
+                runners=lists.runners if ranked else None,
+            )
             return
         table, mix = self.transition
         if every is None:

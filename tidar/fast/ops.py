@@ -10,8 +10,8 @@ __all__ = ["load"]
 
 def load(*, plain: bool) -> Any:
     """A namespace with ``embed``, ``norm_linear``, ``norm_gated``, ``linear_add``, ``linear_add_norm``, ``norm``,
-    ``rotate``, ``attend``, ``rotate_attend``, ``sample``, ``accept``, ``chain``, and ``shortlists``, the memory of the
-    last.
+    ``rotate``, ``attend``, ``rotate_attend``, ``sample``, ``accept``, ``draft``, ``chain``, and ``shortlists``, the
+    memory of the last.
 
     Args:
         plain: the twins, which read device values on the host; else Triton's kernels, which a CUDA graph can capture.
@@ -25,9 +25,10 @@ def load(*, plain: bool) -> Any:
             names |= {name: getattr(module, name) for name in module.__all__}
         names["shortlists"] = reference_chain.PlainLists.of
     else:
-        from tidar.kernels import accept, chain, products, residual, rotate, rowwise, sample, shortlists, step_attention
+        from tidar.kernels import accept, chain, draft, products, residual, rotate, rowwise, sample, step_attention
+        from tidar.kernels.shortlists import Shortlists
 
-        for module in (accept, chain, products, residual, rotate, rowwise, sample, step_attention):
+        for module in (accept, chain, draft, products, residual, rotate, rowwise, sample, step_attention):
             names |= {name: getattr(module, name) for name in module.__all__}
-        names["shortlists"] = shortlists.Shortlists.for_step
+        names["shortlists"] = Shortlists.for_step
     return SimpleNamespace(**names)

@@ -1,4 +1,5 @@
-"""The plain twin of `tidar.kernels.sample`: the sampler of `tidar.sampling`, which it must equal token for token."""
+"""The plain twins of `tidar.kernels.sample` and `draft`: the sampler of `tidar.sampling`, which they must equal token
+for token."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from torch import Tensor
 
 from tidar import sampling as rule
 from tidar.kernels.params import DeviceParams
+from tidar.kernels.reference_chain import check_results, check_runners
+from tidar.kernels.reference_step import Runners
+from tidar.proposals import KNOWN, RUNNERS_UP, chance
 
-__all__ = ["sample"]
+__all__ = ["draft", "sample"]
 
 
 def sample(
@@ -25,10 +29,13 @@ def sample(
     sampling: bool,
     filtering: bool,
     bad: Tensor | None = None,
+    rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `tidar.kernels.sample.sample`; float64 logits too. Reads device values on the host."""
-    rows = rule.RowParams(
+    if rows is not None:
+        logits = logits[rows.long()]
+    each = rule.RowParams(
         source=(),
         temperature=params.temperature,
         top_k=params.top_k.long(),
@@ -59,5 +66,54 @@ def sample(
         if others is not None:
             after = torch.cat([before, seen], 1)  # of so many drafts
             seen = torch.cat([seen, after.gather(1, others[..., None].expand(-1, -1, after.shape[2]))], 1)
-    tokens = rule.sample(rule.process(logits, rows, seen), rows, positions).masked_fill(broken, 0)
+    tokens = rule.sample(rule.process(logits, each, seen), each, positions).masked_fill(broken, 0)
     return tokens if out is None else out.copy_(tokens)
+
+
+def draft(
+    logits: Tensor,
+    params: DeviceParams,
+    lengths: Tensor,
+    made: Tensor,
+    *,
+    first: int,
+    suppressed: Tensor | None = None,
+    seen: Tensor | None = None,
+    sampling: bool,
+    filtering: bool,
+    bad: Tensor | None = None,
+    rows: Tensor | None = None,
+    given: Tensor | None = None,
+    out: Tensor,
+    chances: Tensor,
+    runners: Runners | None = None,
+) -> None:
+    """As `tidar.kernels.draft.draft`; float64 logits too. Reads device values on the host."""
+    check_results(made, given, out, chances)
+    check_runners(made, runners)
+    if rows is not None:
+        logits = logits[rows.long()]
+    tokens = sample(
+        logits,
+        params,
+        lengths,
+        first=first,
+        suppressed=suppressed,
+        seen=seen,
+        sampling=sampling,
+        filtering=filtering,
+        bad=bad,
+    )
+    known = torch.zeros_like(made)
+    if given is not None:
+        known = torch.arange(made.shape[1], device=made.device) < given[:, None]
+    chosen = torch.where(known, out, tokens * made)
+    if suppressed is not None:
+        logits = logits.masked_fill(suppressed, -torch.inf)
+    out.copy_(chosen)
+    chances.copy_((chance(logits, chosen).nan_to_num() * made).masked_fill(known, KNOWN))
+    if runners is not None:  # without their noise, which would be made for the whole vocabulary
+        others = logits.scatter(2, chosen[..., None], -torch.inf).sort(dim=2, descending=True, stable=True).indices
+        count = min(RUNNERS_UP, logits.shape[2] - 1)
+        runners.tokens[:, :, :count] = others[:, :, :count]
+        runners.followers[:, :-1] = out[:, 1:, None]

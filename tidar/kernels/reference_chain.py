@@ -21,8 +21,8 @@ from tidar.noise import gumbel
 from tidar.proposals import KNOWN, RUNNERS_UP
 
 __all__ = [
-    "DEALT", "GROUPS", "KEPT", "Blocks", "PlainLists", "chain", "check_chain", "check_results", "lanes", "prepare",
-    "shortlist",
+    "DEALT", "GROUPS", "KEPT", "Blocks", "PlainLists", "chain", "check_chain", "check_results", "check_runners",
+    "lanes", "prepare", "shortlist",
 ]  # fmt: skip
 
 GROUPS = 32
@@ -230,3 +230,11 @@ def check_results(made: Tensor, given: Tensor | None, out: Tensor | None, chance
         raise TidarError(f"chances must be {(rows, places)} float32, not {tuple(chances.shape)} {chances.dtype}")
     if out is not None and (out.shape != (rows, places) or out.dtype != torch.int64):
         raise TidarError(f"out must be {(rows, places)} int64, not {tuple(out.shape)} {out.dtype}")
+
+
+def check_runners(made: Tensor, runners: Runners | None) -> None:
+    """Raise `TidarError` if there is no place for the runners-up of drafts (B, R), each in its own order."""
+    shape = (*made.shape, RUNNERS_UP)
+    for each in () if runners is None else (runners.tokens, runners.followers):
+        if each.shape != shape or each.dtype != torch.int64 or not each.is_contiguous():
+            raise TidarError(f"runners-up must be {shape} int64 and contiguous, not {tuple(each.shape)} {each.dtype}")
