@@ -25,6 +25,7 @@ TESTS = (
     "test_kernels.py",
     "test_rotate_attend.py",
     "test_products.py",
+    "test_hopper.py",
     "test_residual.py",
     "test_sample_kernel.py",
     "test_draft_kernel.py",

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 from functools import cache, lru_cache
 from importlib import resources
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -45,10 +44,16 @@ class Sizes(ctypes.Structure):
 
 @cache
 def able(device: torch.device) -> bool:
-    """Whether the kernel runs there: on compute capability 9.0, where `cuda.bindings` is installed."""
+    """Whether the kernel runs there: on compute capability 9.0, where `cuda.bindings` finds its libraries, as it does
+    beside a torch for CUDA; elsewhere other kernels do the same."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        return int(nvrtc.nvrtcVersion()[0]) == int(driver.cuDriverGetVersion()[0]) == 0
+    except (ImportError, RuntimeError):
+        return False
 
 
 def multiply(

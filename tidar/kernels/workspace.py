@@ -14,8 +14,10 @@ from tidar.errors import TidarError
 
 __all__ = ["Tiles", "Workspace", "fixed_tiles", "own_keys", "power_of_2", "tiles"]
 
-FINE = 48
-"""Programs of one split up to which tiles have 16 query rows."""
+NARROW = 64
+"""Width of a head up to which it is narrow."""
+FINE, FINE_WIDE = 48, 40
+"""Programs of one split up to which tiles have 16 query rows, of narrow heads and of wider ones."""
 SHARED = 1.4
 """How much longer programs take when all multiprocessors have two of them."""
 TILE, TILE_WIDTH = 870, 4.7
@@ -23,6 +25,8 @@ TILE, TILE_WIDTH = 870, 4.7
 MEETING, PART = 1700, 0.5
 """Clocks that splits cost at all, and each of them for each number of a head's width: leaving a part, counting it,
 reading it back."""
+ROUND = 1500
+"""Clocks of each further round of loads of parts, of as many numbers as a program has registers for."""
 TALL_WIDTH, TALL_PART = 15.5, 0.0033
 """Of more query rows: clocks for a tile for each number of a head's width; and of each split for each number of all
 the parts that are left, which have to be written and read."""
@@ -70,16 +74,18 @@ def tiles(
 
     The number of splits is the one with the fewest clocks, counted for prefixes of half of ``max_length``: of the tiles
     of keys of a split, and of the parts that are read back. The clocks were fitted to an H200's times of 1 to 256
-    queries, D = 64 and 128 (docs/step-kernel.md). Ties go to fewer splits.
+    queries, D = 64 and 128 (docs/step-kernel.md). Ties go to fewer splits. Of wide heads and many query rows no such
+    count came near the times: there are splits for most multiprocessors, and two at least as long as these find place
+    side by side.
     """
-    lines = queries * query_heads // heads
+    lines, wide = queries * query_heads // heads, head_dim > NARROW
     fit = power_of_2(max(lines, 16))
     if itemsize > 2:
         cut, keys, warps, stages = 16, 16, 8, 2
     elif lines <= 16:
         cut, keys, warps, stages = 16, 64, 4 if heads * rows > 4 or head_dim <= 64 else 8, 2
     else:
-        fine = -(-lines // 16) * rows * heads <= FINE
+        fine = -(-lines // 16) * rows * heads <= (FINE_WIDE if wide else FINE)
         cut, keys, stages = 16 if fine else min(fit, 64), 64, 3 if head_dim <= 256 else 2
         warps = 4 if head_dim <= 128 else 8
     programs = -(-lines // cut) * rows * heads
@@ -93,9 +99,16 @@ def tiles(
         rounds, over = divmod(programs * splits, 2 * processors)
         # A second program on a multiprocessor slows the first one down.
         last = 1 + (SHARED - 1) * max(0, over / processors - 1) if over else 0
-        return (SHARED * rounds + last) * -(-units // splits) * tile + (meeting + splits * part if splits > 1 else 0)
+        again = ROUND * (splits * cut * head_dim // (128 * 32 * warps)) if wide and lines > 16 else 0
+        joined = meeting + splits * part + again if splits > 1 else 0
+        return (SHARED * rounds + last) * -(-units // splits) * tile + joined
 
-    splits = min(range(1, min(units, MOST_SPLITS) + 1), key=clocks)
+    most = min(units, MOST_SPLITS)
+    if wide and cut > 16:
+        places = processors * 5 // 6 if programs < FINE_WIDE else processors * 8 // 7
+        splits = min(most, max(2, places // programs)) if programs <= processors else 1
+    else:
+        splits = min(range(1, most + 1), key=clocks)
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)
 
 
