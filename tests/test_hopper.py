@@ -287,14 +287,13 @@ def test_where_others_serve_better() -> None:
 
 
 def test_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor a driver: other kernels do the same. Nor on GPUs of another kind."""
+    """Other kernels do the same."""
     assert not hopper.able(torch.device("cpu"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for capability in ((9, 0), (10, 0)):
-        hopper.able.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-        assert not hopper.able(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    hopper.able.cache_clear()
+    assert not hopper.able(torch.device("cuda", 0))
     hopper.able.cache_clear()
 
 
