@@ -18,7 +18,7 @@ ROOM = {1: PROCESSORS, 2: PROCESSORS, 4: 120}
 over."""
 LEAST = 48
 """Columns of a tile below which the depth is shared out instead: x is read again by every tile."""
-MOST = 128
+MOST = 64
 """Rows up to which the weight's way from memory bounds a product. With more of them cuBLAS is as quick."""
 
 
