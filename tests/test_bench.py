@@ -17,7 +17,7 @@ from tidar.checkpoint import load_model
 from tidar.cli import main
 from tidar.config import SamplingParams
 from tidar.decode import generation
-from tidar.decode.plan import Shape
+from tidar.decode.plan import SINGLE, Shape
 from tidar.fast.engine import Engine
 from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
@@ -88,6 +88,9 @@ def test_decoding(core: CausalLM, sampling: dict[str, float] | None, capsys: pyt
         low, high = line["speedup_95"]
         assert low <= line["speedup"] <= high
         assert line["tokens_per_step"] / line["step_over_ar"] == pytest.approx(line["speedup"], rel=0.01)
+        assert sum(times for *_, times in line["shapes"]) == pytest.approx(2 * 11 / line["tokens_per_step"], abs=0.01)
+    assert lines[0]["shapes"] == [[*SINGLE, 22]]
+    assert {tuple(shape) for *shape, _ in lines[1]["shapes"]} == {Shape(4, 4, 4)}
     report.decoding(lines, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["lines"] == lines
 

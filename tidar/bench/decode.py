@@ -18,7 +18,7 @@ import torch
 
 from tidar.config import SamplingParams
 from tidar.decode.base import Decoder
-from tidar.decode.plan import Plan, drafted, few
+from tidar.decode.plan import Plan, Shape, drafted, few
 from tidar.decode.planner import Acceptance
 from tidar.decode.policy import TOGETHER, Alternating, Autoregressive, Fixed, Planning, Policy
 from tidar.errors import TidarError
@@ -46,6 +46,8 @@ class Outcome:
     answers: list[list[int]] = field(default_factory=list)
     accepted: Counter[int] = field(default_factory=Counter)
     """How many steps made so many tokens of a row certain."""
+    taken: Counter[Shape] = field(default_factory=Counter)
+    """How many steps had which shape, if the decoder tells."""
 
 
 def methods(draft_len: int) -> dict[str, Callable[[], Policy]]:
@@ -88,6 +90,7 @@ def decode(
         outcome.seconds.append(time.perf_counter() - begin)
         torch.cuda.synchronize()  # steps launched in vain must not run into the next one's time
         decoder.close()
+    outcome.taken.update(getattr(decoder, "taken", {}))
     room = [each.max_new_tokens for each in params]
     outcome.steps.append(decoder.forwards - before)
     outcome.tokens.append(sum(room) - len(room))
@@ -106,8 +109,8 @@ def run(
     deterministic: bool = False,
 ) -> list[dict[str, Any]]:
     """One line a method: tokens a second (all tokens over all seconds), the speed-up over AR, split into tokens a step
-    and cost of a step, with a 95 % interval of the speed-up from resampled batches, and how often a step made 1, 2, …
-    tokens of a row certain.
+    and cost of a step, with a 95 % interval of the speed-up from resampled batches, how often a step made 1, 2, …
+    tokens of a row certain, and how many steps had which `Shape`.
 
     Args:
         core: a trained checkpoint on a GPU.
@@ -191,6 +194,7 @@ def _line(
         "identical_to_ar": f"{same}/{len(mine.answers)}",
         "prompt_tokens": prompt_tokens,  # of each, at most
         "deterministic": deterministic,
+        "shapes": [[*shape, times] for shape, times in mine.taken.most_common()],
         "accepted": [mine.accepted[n] for n in range(1, max(mine.accepted, default=0) + 1)],
     }
 

@@ -6,7 +6,7 @@ steps late: those steps are wasted, and their tokens are never read.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,13 +44,17 @@ class FastDecoder:
         engine: of the model.
         policy: what steps feed.
         ahead: steps in flight.
+
+    Attributes:
+        forwards: of the answers that are decoded now, the prompts' among them.
+        taken: how many steps of each shape they took.
     """
 
     def __init__(self, engine: Engine, policy: Policy, *, ahead: int = AHEAD) -> None:
         if not 1 <= ahead < DEPTH:
             raise TidarError(f"steps ahead must lie between 1 and {DEPTH - 1}, not {ahead}")
         self._engine, self._policy, self._ahead = engine, policy, ahead
-        self.forwards = 0
+        self.forwards, self.taken = 0, Counter[Shape]()
         self._flying: deque[_Flight] = deque()
         self._read: deque[tuple[Shape, Outcome, list[list[int]]]] = deque()
         self._untold: tuple[Shape, Outcome] | None = None
@@ -68,6 +72,7 @@ class FastDecoder:
         )
         self._rows = list(range(len(prompts)))
         self._launched = 0
+        self.taken.clear()
         longest = engine.core.max_positions
         ends = [min(len(p) + each.max_new_tokens, longest) for p, each in zip(prompts, params, strict=True)]
         self._halfways = [(len(p) + end) // 2 for p, end in zip(prompts, ends, strict=True)]
@@ -88,6 +93,7 @@ class FastDecoder:
         self._learn()
         shape, outcome, certain = self._read.popleft()
         self.forwards += 1
+        self.taken[shape] += 1
         self._untold = shape, outcome
         return certain
 
