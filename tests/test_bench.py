@@ -18,6 +18,8 @@ from tidar.cli import main
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.plan import SINGLE, Shape
+from tidar.decode.policy import Autoregressive
+from tidar.fast.decoder import FastDecoder
 from tidar.fast.engine import Engine
 from tidar.fast.timing import interleaved
 from tidar.model import CausalLM
@@ -93,6 +95,15 @@ def test_decoding(core: CausalLM, sampling: dict[str, float] | None, capsys: pyt
     assert {tuple(shape) for *shape, _ in lines[1]["shapes"]} == {Shape(4, 4, 4)}
     report.decoding(lines, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["lines"] == lines
+
+
+def test_shapes_are_those_of_the_answers_now(core: CausalLM) -> None:
+    decoder = FastDecoder(Engine(core), Autoregressive())
+    for seed in range(2):
+        decoder.prefill([[1, 2, 3]], [SamplingParams(max_new_tokens=9, seed=seed)])
+        for _ in range(3):
+            decoder.step()
+        assert decoder.taken == {SINGLE: 3}
 
 
 @pytest.mark.parametrize(("batch", "warmed"), [(1, [0]), (2, [0, 2])])
