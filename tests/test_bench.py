@@ -98,7 +98,7 @@ def test_decoding(core: CausalLM, sampling: dict[str, float] | None, capsys: pyt
 
 
 def test_shapes_are_those_of_the_answers_now(core: CausalLM) -> None:
-    decoder = FastDecoder(Engine(core), Autoregressive())
+    decoder = FastDecoder(Engine(core, plain=True), Autoregressive())
     for seed in range(2):
         decoder.prefill([[1, 2, 3]], [SamplingParams(max_new_tokens=9, seed=seed)])
         for _ in range(3):
