@@ -26,6 +26,7 @@ TESTS = (
     "test_rotate_attend.py",
     "test_products.py",
     "test_hopper.py",
+    "test_hopper_tiles.py",
     "test_residual.py",
     "test_sample_kernel.py",
     "test_draft_kernel.py",

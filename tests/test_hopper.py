@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +11,11 @@ from test_products import agree, exact
 from torch import Tensor
 
 from tidar.errors import TidarError
-from tidar.kernels import hopper, pdl, products
+from tidar.kernels import hopper, hopper_code, pdl, products
 from tidar.kernels import reference_products as twin
 from tidar.kernels.hopper_tiles import HopperTiles, hopper_tiles
-from tidar.kernels.product_tiles import PROCESSORS
 
-HOPPER = torch.cuda.is_available() and hopper.able(torch.device("cuda", 0))
+HOPPER = torch.cuda.is_available() and hopper_code.able(torch.device("cuda", 0))
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and cuda.bindings")
 DEVICE = "cuda" if HOPPER else "cpu"
 TILES = {
@@ -102,6 +99,8 @@ CASES = {
     "wide, plain": Case(rows=250, wide=True, norm=False),
 }
 
+NARROW = {name: case for name, case in CASES.items() if not case.wide}
+
 
 @on_hopper
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
@@ -118,7 +117,7 @@ def test_norm_linear(case: Case, tiles: HopperTiles) -> None:
 
 @on_hopper
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
-@pytest.mark.parametrize("case", [c for c in CASES.values() if not c.wide], ids=str)
+@pytest.mark.parametrize("case", NARROW.values(), ids=NARROW.keys())
 def test_norm_gated(case: Case, tiles: HopperTiles) -> None:
     given, out = case.tensors(), case.out(case.features // 2)
     with pdl.overlapping(case.bias):
@@ -129,7 +128,7 @@ def test_norm_gated(case: Case, tiles: HopperTiles) -> None:
 
 @on_hopper
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES.keys())
-@pytest.mark.parametrize("case", [c for c in CASES.values() if not c.wide], ids=str)
+@pytest.mark.parametrize("case", NARROW.values(), ids=NARROW.keys())
 def test_linear_add(case: Case, tiles: HopperTiles) -> None:
     """And what is left for the norm behind, with and without a second one."""
     given, x = case.tensors(), case.out(case.features)
@@ -241,85 +240,26 @@ def test_a_wrong_argument_is_caught(fault: str) -> None:
     assert not agree(found, wanted, case.dtype)
 
 
-def test_what_the_kernel_has_no_form_for() -> None:
+def test_what_the_kernel_has_no_form_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, with the remedy."""
-    given = Case().tensors()
-    tiles = TILES["64"]
-    with pytest.raises(TidarError, match="take all rows"):
+    case = Case()
+    given, tiles = case.tensors(), TILES["64"]
+    x, weight = given["x"], given["weight"]
+    with pytest.raises(TidarError, match="take all rows and no quantised weights: use others"):
         products.norm_linear(**given | {"norm": None}, rows=torch.arange(3, device=DEVICE), tiles=tiles)
-    with pytest.raises(TidarError, match="aligned to 16 bytes"):
-        products.norm_linear(given["x"][:, 1:-7], None, given["weight"][:, :320].contiguous(), tiles=tiles)
-    with pytest.raises(TidarError, match=r"no product of torch\.float32"):
-        products.norm_linear(given["x"].float(), None, given["weight"].float(), tiles=tiles)
-
-
-@pytest.mark.parametrize(
-    "sizes", [(63, 64), (192, 64), (64, 24), (64, 272), (64, 0), (64, 64, 3), (64, 64, 8)], ids=str
-)
-def test_tiles_that_cannot_be(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(TidarError, match=r"tiles"):
-        HopperTiles(*sizes)
-
-
-@pytest.mark.parametrize("rows", [17, 64])
-@pytest.mark.parametrize("model", PRODUCTS)
-def test_tiles_fill_the_gpu_once(model: str, rows: int) -> None:
-    for features, depth in PRODUCTS[model].values():
-        tiles = hopper_tiles(rows, features, depth, 2)
-        assert tiles is not None and tiles.rows == math.ceil(rows / 64) * 64
-        programs = tiles.tiles(features) * tiles.splits
-        assert 0.7 * PROCESSORS < programs <= PROCESSORS
-    tiles = hopper_tiles(rows, *HEADS[model], 2)
-    assert tiles is not None and tiles.splits == 1
-    rounds = math.ceil(tiles.tiles(HEADS[model][0]) / PROCESSORS)
-    assert tiles.tiles(HEADS[model][0]) > 0.95 * rounds * PROCESSORS
-
-
-def test_where_others_serve_better() -> None:
-    for sizes in (
-        (16, 4096, 4096, 2),
-        (129, 4096, 4096, 2),
-        (64, 640, 384, 2),
-        (64, 4096, 4096, 4),
-        (64, 4100, 4096, 2),
-    ):
-        assert hopper_tiles(*sizes) is None
-
-
-def test_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other kernels do the same."""
-    assert not hopper.able(torch.device("cpu"))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    hopper.able.cache_clear()
-    assert not hopper.able(torch.device("cuda", 0))
-    hopper.able.cache_clear()
-
-
-KINDS: dict[str, dict[str, int]] = {
-    "plain": {"SQUARES": 1, "BIAS": 1},
-    "head": {"SQUARES": 1, "WIDE": 1},
-    "ends": {"SQUARES": 1, "WIDE": 1, "AGAIN": 1},
-    "gated": {"KIND": 1, "SQUARES": 1, "BIAS": 1},
-    "add": {"KIND": 2, "NORM": 1, "BIAS": 1},
-    "add, twice": {"KIND": 2, "NORM": 1, "TWICE": 1, "HALF": 1},
-}
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-@pytest.mark.parametrize("tiles", [*TILES.values(), HopperTiles(64, 256, 4), HopperTiles(128, 256, 4)], ids=str)
-def test_compiled_without_a_gpu(tiles: HopperTiles, kind: dict[str, int]) -> None:
-    """No spills, and products that need not wait for one another; within the shared memory and registers there are."""
-    pytest.importorskip("cuda.bindings.nvrtc", reason="the compiler needs cuda-bindings and nvidia-cuda-nvrtc")
-    constants = dict.fromkeys(("KIND", "WIDE", "BIAS", "SQUARES", "AGAIN", "NORM", "TWICE", "PDL", "HALF"), 0) | kind
-    log = hopper.compiled(hopper.source(tiles, **constants), "--ptxas-options=-v")[1]
-    assert "0 bytes spill stores, 0 bytes spill loads" in log and "serialized" not in log, log
-    held = int(log.split(" bytes smem")[0].split()[-1])
-    assert tiles.shared + held <= 227 * 2**10
-
-
-def test_a_compiler_that_refuses() -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="the compiler needs cuda-bindings and nvidia-cuda-nvrtc")
-    with pytest.raises(TidarError, match=r"(?s)the CUDA compiler refuses hopper\.cu: .*nonsense"):
-        hopper.compiled("nonsense;")
+    with pytest.raises(TidarError, match="x's rows must be .* of 8 numbers, aligned to 16 bytes: use other tiles"):
+        products.norm_linear(x[:, 1:-7], None, weight[:, :320].contiguous(), tiles=tiles)
+    with pytest.raises(TidarError, match=r"no torch\.float32 by torch\.float32 for torch\.float32: use other tiles"):
+        products.norm_linear(x.float(), None, weight.float(), tiles=tiles)
+    with pytest.raises(TidarError, match=r"no torch\.bfloat16 by torch\.bfloat16 for torch\.float32: use other tiles"):
+        products.linear_add(case.out(case.features).float(), x, weight, tiles=tiles)
+    bias, ready = case.normal(case.features + 1)[1:], case.ready(given)
+    with pytest.raises(TidarError, match="aligned to 8 bytes"):
+        products.norm_linear(x, None, weight, bias, tiles=tiles)
+    with pytest.raises(TidarError, match="behind to 4 columns"):
+        products.norm_linear(**given, tiles=tiles, ready=ready, again=1e-2, behind=202)
+    with pytest.raises(TidarError, match="a depth of 192 is too little for 4 splits: use other tiles"):
+        products.norm_linear(x[:, :192], None, weight[:, :192].contiguous(), tiles=TILES["64 in 4"])
+    monkeypatch.setattr(hopper, "able", lambda device: False)
+    with pytest.raises(TidarError, match=r"needs a GPU of compute capability 9\.0, and cuda\.bindings: use other"):
+        products.norm_linear(x, None, weight, tiles=tiles)

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, rms_norm
 from tidar.errors import TidarError
 from tidar.fast.adapted import NONE, NOWHERE, Adapted, Masks, Pair
 from tidar.fast.layers import Layer, fused, layer_of, weight_of
-from tidar.kernels.hopper import able
+from tidar.kernels.hopper_code import able
 from tidar.kernels.hopper_tiles import HopperTiles, hopper_tiles
 from tidar.kernels.product_tiles import ProductTiles, default_tiles, fixed_tiles
 from tidar.kernels.quantised import Quantised, Weight
@@ -227,7 +227,10 @@ class LeanModel:
         # The transition norms what it takes once more, without weights (`tidar.transition`).
         (x, ready), both, vocab = hidden, self._ends, len(self.head)
         again, prepared = float(torch.finfo(x.dtype).eps), ready is not None and ready.weighed is not None
-        if both is not None and prepared and self._cut(both, x, rows):
+        tiles = None if both is None else self._cut(both, x, rows)
+        # The kernel for Hopper tells four columns from the next four.
+        fitting = tiles is not None and (vocab % 4 == 0 or not isinstance(tiles, HopperTiles))
+        if both is not None and prepared and fitting:
             made = self._wide(hidden, both, rows, again=again, behind=vocab)
             return made[:, :vocab], made[:, vocab:]
         assert self.core.transition is not None

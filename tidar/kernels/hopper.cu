@@ -1,7 +1,7 @@
-// A matrix product of tens to hundreds of rows with what stands before and behind it, for Hopper GPUs.
+// A matrix product of some dozens of rows with what stands before and behind it, for Hopper GPUs.
 //
-// What it computes and what its arguments are, `tidar/kernels/hopper.py` says, which puts the constants in capitals, the
-// instruction `multiply` and `hopper_parts.cu` in front.
+// What it computes and what its arguments are, `hopper.py` says; `hopper_code.py` puts the constants in capitals,
+// the instruction `multiply` and `hopper_parts.cu` in front.
 //
 // A program is one warp group that brings tiles by the tensor memory accelerator, through a ring in shared memory, and
 // GROUPS that multiply: rows of x are the left side of the matrix instructions, rows of the weight the right one.
@@ -37,21 +37,22 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
   if (group < 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FEW_REGISTERS));
     if (thread == 0) {
-      u64 once, often;  // what to keep in the L2 cache: x, which all programs read
-      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-      asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
+      u64 evict_first, evict_last;  // x is kept in the L2 cache: all programs read it
+      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(evict_first));
+      asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(evict_last));
       int step = 0, asked = 0;
       bool ready = !PDL;  // x is made by the kernel ahead; the weight may come before that has ended
       auto ask = [&](int n, int k) {
-        bring(tiles_at + n % STAGES * STAGE, &x_map, k * DEPTH, top, full + 8 * (n % STAGES), often);
+        load_tile(tiles_at + n % STAGES * STAGE, &x_map, k * DEPTH, top, full + 8 * (n % STAGES), evict_last);
       };
       for (int tile = first_tile; tile < s.tiles; tile += tile_step) {
         for (int k = from; k < until; ++k, ++step) {
           const u32 slot = step % STAGES, to = tiles_at + slot * STAGE + X_BYTES, arrived = full + 8 * slot;
           wait(empty + 8 * slot, (step / STAGES & 1) ^ 1);
           asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(arrived), "n"(STAGE) : "memory");
-          bring(to, &w_map, k * DEPTH, tile * TAKEN, arrived, once);
-          if (KIND == GATED) bring(to + W_BYTES / 2, &w_map, k * DEPTH, s.features + tile * TAKEN, arrived, once);
+          load_tile(to, &w_map, k * DEPTH, tile * TAKEN, arrived, evict_first);
+          if (KIND == GATED)
+            load_tile(to + W_BYTES / 2, &w_map, k * DEPTH, s.features + tile * TAKEN, arrived, evict_first);
           if (ready) {
             ask(step, k);
           } else if (step == STAGES - 1 || k == until - 1) {
@@ -64,8 +65,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
     }
     if (SHARED_OUT) {
       __syncwarp();
-      meet();
-      meet();
+      cluster_barrier();
+      cluster_barrier();
     }
     return;
   }
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
       #pragma unroll
       for (int d = 0; d < DEPTH / 16; ++d)
-        multiply(acc, described(at + own * 128) + 2 * d, described(at + X_BYTES) + 2 * d, k > from || d > 0);
+        multiply(acc, descriptor(at + own * 128) + 2 * d, descriptor(at + X_BYTES) + 2 * d, k > from || d > 0);
       asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
       if (k > from && thread % 128 == 0) arrive(empty + 8 * ((step - 1) % STAGES));
     }
@@ -144,23 +145,23 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
   }
   if (!SHARED_OUT) return;
 
-  meet();
+  cluster_barrier();
   {
     const int line = own + warp * 16;
-    u32 to = tiles_at + ((split * SHARE + line % SHARE + lane / 4) * LINE + lane % 4 * 2) * 4;
+    u32 to = tiles_at + ((split * SHARE + line % SHARE + lane / 4) * PITCH + lane % 4 * 2) * 4;
     asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(line / SHARE));
     #pragma unroll
     for (int b = 0; b < COLS / 8; ++b)
       #pragma unroll
       for (int half = 0; half < 2; ++half)
-        asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(to + (half * 8 * LINE + b * 8) * 4),
+        asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(to + (half * 8 * PITCH + b * 8) * 4),
                      "f"(acc[4 * b + 2 * half]), "f"(acc[4 * b + 2 * half + 1]) : "memory");
   }
   // A lane has four columns of a row, a warp one row or several; what is added to is asked for before splits meet.
   const int in_row = lane % LANES * 4, column = first_tile * TAKEN + in_row;
   const int first_line = (thread - 128) / 32 * (32 / LANES) + lane / LANES;
   uint2 before[BATCH][PARTS];
-  auto look = [&](int trip) {
+  auto load_residual = [&](int trip) {
     #pragma unroll
     for (int n = 0; n < BATCH; ++n)
       #pragma unroll
@@ -171,10 +172,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
         before[n][part] = real ? *(const uint2*)((const u16*)out + (long long)row * s.out_row + f) : make_uint2(0, 0);
       }
   };
-  if (KIND == ADD) look(0);
-  meet();
+  if (KIND == ADD) load_residual(0);
+  cluster_barrier();
   for (int trip = 0; trip < TRIPS; trip += BATCH) {
-    if (KIND == ADD && trip > 0) look(trip);
+    if (KIND == ADD && trip > 0) load_residual(trip);
     #pragma unroll
     for (int n = 0; n < BATCH; ++n) {
       const int line = first_line + (trip + n) * LINES_A_TRIP, row = top + split * SHARE + line;

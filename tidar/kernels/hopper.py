@@ -1,11 +1,10 @@
-"""Products of tens to hundreds of rows on Hopper GPUs, in CUDA C++, with what stands before and behind them.
+"""Products of some dozens of rows on Hopper GPUs, in CUDA C++, with what stands before and behind them.
 
-For the larger models' steps of up to some hundred queries, which are bound by the weight's way from memory: what Triton
-cannot say here is a warp group that does nothing but bring tiles, columns in multiples of 16, so that every
-multiprocessor gets as many, and splits of the depth that join their sums through each other's shared memory (clusters).
-It is what `tidar.kernels.products` does with `HopperTiles`: the same arguments and results, to rounding, and the same
-twins. The kernel is `hopper.cu`. It is compiled when it is first wanted, in a fraction of a second, by the compiler
-library that comes with torch (NVRTC, through `cuda.bindings`).
+For the larger models' steps, which are bound by the weight's way from memory: what Triton cannot say here is a warp
+group that does nothing but bring tiles, columns in multiples of 16, so that every multiprocessor gets as many, and
+splits of the depth that join their sums through each other's shared memory (clusters). It is what
+`tidar.kernels.products` does with `HopperTiles`: the same arguments and results, to rounding, and the same twins. The
+kernel is `hopper.cu`, compiled by `tidar.kernels.hopper_code`.
 
 A row's result depends on its tiles, never on other rows: sums are formed in one order.
 
@@ -16,18 +15,18 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache, lru_cache
-from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidar.errors import TidarError
+from tidar.kernels.hopper_code import able, compiled, done, source
 from tidar.kernels.hopper_tiles import DEPTH, HopperTiles
 from tidar.kernels.pdl import options
 from tidar.kernels.reference_products import Ready
 
-__all__ = ["able", "compiled", "multiply", "source"]
+__all__ = ["multiply"]
 
 PLAIN, GATED, ADD = range(3)
 
@@ -40,20 +39,6 @@ class Sizes(ctypes.Structure):
         ("behind", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("over_depth", "eps", "again")),
     ]
-
-
-@cache
-def able(device: torch.device) -> bool:
-    """Whether the kernel runs there: on compute capability 9.0, where `cuda.bindings` finds its libraries, as it does
-    beside a torch for CUDA; elsewhere other kernels do the same."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        from cuda.bindings import driver, nvrtc
-
-        return int(nvrtc.nvrtcVersion()[0]) == int(driver.cuDriverGetVersion()[0]) == 0
-    except (ImportError, RuntimeError):
-        return False
 
 
 def multiply(
@@ -75,10 +60,13 @@ def multiply(
 ) -> Ready | None:
     """Fill ``out`` with ``x · weightᵀ + bias``, or add that to it.
 
+    The first call of a form, which compiles, comes before any capture.
+
     Args:
         x: (N, D) float16 or bfloat16, rows contiguous and aligned to 16 bytes; D a multiple of 8.
         weight: (F, D) contiguous, of x's dtype; (2·F, D), all gates before all ups, with ``gates``. F a multiple of 8.
-        bias: as many as rows of the weight.
+            It may be read while the kernels ahead still run, so no kernel that does may write it.
+        bias: as many as rows of the weight, aligned to 8 bytes, as ``norm``.
         out: (N, F) of x's dtype, or float32, rows contiguous and aligned to 16 bytes.
         tiles: how to cut it up.
         gates: the result is ``silu(gate) · up``.
@@ -96,11 +84,17 @@ def multiply(
     Raises:
         TidarError: arguments that the kernel has no form for, or a compiler or driver that refuses.
     """
+    if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype != x.dtype or (add and out.dtype != x.dtype):
+        raise TidarError(f"the kernel has no {x.dtype} by {weight.dtype} for {out.dtype}: use other tiles")
     for name, t in (("x", x), ("weight", weight), ("out", out)):
         if t.data_ptr() % 16 or t.stride(0) * t.element_size() % 16 or t.shape[1] % 8:
             raise TidarError(f"{name}'s rows must be multiples of 8 numbers, aligned to 16 bytes: use other tiles")
-    if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype != x.dtype:
-        raise TidarError(f"the kernel has no product of {x.dtype} and {weight.dtype}: use other tiles")
+    if any(t is not None and t.data_ptr() % 8 for t in (bias, norm)) or behind % 4:
+        raise TidarError("bias and norm must be aligned to 8 bytes, and behind to 4 columns: use other tiles")
+    if x.shape[1] <= DEPTH * (tiles.splits - 1):
+        raise TidarError(f"a depth of {x.shape[1]} is too little for {tiles.splits} splits: use other tiles")
+    if not able(x.device):
+        raise TidarError("the kernel needs a GPU of compute capability 9.0, and cuda.bindings: use other tiles")
     (count, depth), features = x.shape, out.shape[1]
     number = tiles.tiles(weight.shape[0])
     scaled = squared = left = None
@@ -138,72 +132,15 @@ def multiply(
     return None if scaled is None else Ready(scaled, squared, left)
 
 
-def source(tiles: HopperTiles, **constants: int) -> str:
-    """What is compiled: constants, the matrix instruction for so many columns, and the files."""
-    # Registers of a thread that brings tiles, and of one that multiplies: all there are, shared out in eights.
-    few, many = 40, 240 if tiles.groups == 1 else 232
-    constants |= {"ROWS": tiles.rows, "COLS": tiles.cols, "SPLITS": tiles.splits, "STAGES": tiles.stages}
-    constants |= {"FEW_REGISTERS": few, "MANY_REGISTERS": many}
-    held, kind = tiles.cols // 2, "f16" if constants["HALF"] else "bf16"
-    registers = ", ".join(f"%{number}" for number in range(held))
-    sums = ", ".join(f'"+f"(d[{number}])' for number in range(held))
-    instruction = f"wgmma.mma_async.sync.aligned.m64n{tiles.cols}k16.f32.{kind}.{kind}"
-    files = resources.files("tidar.kernels")
-    return "\n".join(
-        [
-            *(f"#define {name} {int(value)}" for name, value in constants.items()),
-            files.joinpath("hopper_parts.cu").read_text(encoding="utf-8"),
-            "// d, a tile of 64 rows, (more ? d : 0) + a · bᵀ.",
-            f"__device__ __forceinline__ void multiply(float (&d)[{held}], u64 a, u64 b, int more) {{",
-            f'  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{held + 2}, 0; {instruction} '
-            f'{{{registers}}}, %{held}, %{held + 1}, p, 1, 1, 0, 0;}}"',
-            f'               : {sums} : "l"(a), "l"(b), "r"(more));',
-            "}",
-            files.joinpath("hopper.cu").read_text(encoding="utf-8"),
-        ]
-    )
-
-
-def _done(result: tuple[Any, ...], what: str) -> Any:
-    """What a call of `cuda.bindings` gave, if it succeeded."""
-    error, *given = result
-    if int(error):
-        raise TidarError(f"{what}: {error.name}")
-    return given[0] if len(given) == 1 else given
-
-
-def compiled(text: str, *flags: str) -> tuple[bytes, str]:
-    """Code for compute capability 9.0, and what the compiler says.
-
-    Raises:
-        TidarError: it refuses.
-    """
-    from cuda.bindings import nvrtc
-
-    what = "the CUDA compiler"
-    program = _done(nvrtc.nvrtcCreateProgram(text.encode(), b"hopper.cu", 0, [], []), what)
-    given = [flag.encode() for flag in ("--gpu-architecture=sm_90a", "--std=c++17", *flags)]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
-    log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program), what)
-    _done(nvrtc.nvrtcGetProgramLog(program, log), what)
-    said = log.rstrip(b"\0 ").decode(errors="replace")
-    if int(error):
-        raise TidarError(f"the CUDA compiler refuses hopper.cu: {said[:500]}")
-    code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program), what)
-    _done(nvrtc.nvrtcGetCUBIN(program, code), what)
-    _done(nvrtc.nvrtcDestroyProgram(program), what)
-    return code, said
-
-
 @cache
 def _kernel(device: int, tiles: HopperTiles, constants: tuple[tuple[str, int], ...]) -> Any:
     """On the current device, whose number is part of the key."""
     from cuda.bindings import driver
 
-    module = _done(driver.cuModuleLoadData(compiled(source(tiles, **dict(constants)))[0]), "loading a kernel")
-    kernel = _done(driver.cuModuleGetFunction(module, b"hopper_product"), "loading a kernel")
+    module = done(driver.cuModuleLoadData(compiled(source(tiles, **dict(constants)))[0]), "loading a kernel")
+    kernel = done(driver.cuModuleGetFunction(module, b"hopper_product"), "loading a kernel")
     shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _done(driver.cuFuncSetAttribute(kernel, shared, tiles.shared), "a kernel's shared memory")
+    done(driver.cuFuncSetAttribute(kernel, shared, tiles.shared), "a kernel's shared memory")
     return kernel
 
 
@@ -217,7 +154,7 @@ def _map(address: int, rows: int, depth: int, row: int, half: bool, taken: int) 
     from cuda.bindings import driver
 
     dtypes, wide, narrow = driver.CUtensorMapDataType, driver.cuuint64_t, driver.cuuint32_t
-    return _done(
+    return done(
         driver.cuTensorMapEncodeTiled(
             dtypes.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             2,
@@ -257,4 +194,4 @@ def _launch(
         attributes.append(early)
     config.attrs, config.numAttrs = attributes, len(attributes)
     values = (ctypes.c_void_p * len(places))(*places)
-    _done(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(values), 0), "launching a product")
+    done(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(values), 0), "launching a product")

@@ -11,13 +11,12 @@ struct Sizes {
 };
 enum { PLAIN, GATED, ADD };
 
-constexpr int DEPTH = 64;                               // numbers of a row in a tile: 128 bytes, the widest swizzle
+static_assert(DEPTH == 64, "a row of a tile is 128 bytes, the widest swizzle");
 constexpr int GROUPS = ROWS / 64;                       // warp groups that multiply
 constexpr int TAKEN = KIND == GATED ? COLS / 2 : COLS;  // columns of the result
 constexpr int X_BYTES = ROWS * 128, W_BYTES = COLS * 128, STAGE = X_BYTES + W_BYTES;
 constexpr bool SHARED_OUT = KIND == ADD || SPLITS > 1;  // sums are joined, or a row is read by one warp
 constexpr int SHARE = ROWS / SPLITS;                    // rows whose sums a split joins
-constexpr int LINE = COLS + 8;                          // of sums in memory: eight more, so that rows meet other banks
 constexpr int LANES = TAKEN > 64 ? 32 : TAKEN > 32 ? 16 : 8, PARTS = (TAKEN + 127) / 128;  // of a row, 4 columns each
 constexpr int LINES_A_TRIP = 4 * GROUPS * (32 / LANES), TRIPS = (SHARE + LINES_A_TRIP - 1) / LINES_A_TRIP;
 constexpr int BATCH = TRIPS < 8 ? TRIPS : 8;            // rows that a thread asks for at once
@@ -34,14 +33,14 @@ __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void meet() {  // all threads of all splits; behind it they see each other's memory
+__device__ __forceinline__ void cluster_barrier() {  // behind it all threads of all splits see each other's memory
   if (SPLITS > 1)
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   else
     __syncthreads();
 }
 
-__device__ __forceinline__ void bring(u32 to, const Map* map, int column, int row, u32 barrier, u64 policy) {
+__device__ __forceinline__ void load_tile(u32 to, const Map* map, int column, int row, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%2, %3}], [%4], %5;"
@@ -49,7 +48,7 @@ __device__ __forceinline__ void bring(u32 to, const Map* map, int column, int ro
 }
 
 // A tile of rows of 128 bytes as the matrix instructions want it described: swizzled, 8 rows every 1024 bytes.
-__device__ __forceinline__ u64 described(u32 address) {
+__device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
@@ -89,10 +88,10 @@ __device__ __forceinline__ float4 gate(float4 g, float4 u) {
 
 // Four sums of a row, of all splits in their order, times its scale.
 __device__ __forceinline__ float4 joined(const char* sums, int line, int column, float by) {
-  float4 v = *(const float4*)(sums + (line * LINE + column) * 4);
+  float4 v = *(const float4*)(sums + (line * PITCH + column) * 4);
   #pragma unroll
   for (int split = 1; split < SPLITS; ++split) {
-    const float4 w = *(const float4*)(sums + ((split * SHARE + line) * LINE + column) * 4);
+    const float4 w = *(const float4*)(sums + ((split * SHARE + line) * PITCH + column) * 4);
     v = make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w);
   }
   return make_float4(v.x * by, v.y * by, v.z * by, v.w * by);
