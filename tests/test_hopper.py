@@ -249,6 +249,8 @@ def test_what_the_kernel_has_no_form_for(monkeypatch: pytest.MonkeyPatch) -> Non
         products.norm_linear(**given | {"norm": None}, rows=torch.arange(3, device=DEVICE), tiles=tiles)
     with pytest.raises(TidarError, match="x's rows must be .* of 8 numbers, aligned to 16 bytes: use other tiles"):
         products.norm_linear(x[:, 1:-7], None, weight[:, :320].contiguous(), tiles=tiles)
+    with pytest.raises(TidarError, match="out's rows must be .* of 8 numbers, aligned to 16 bytes: use other tiles"):
+        products.norm_linear(x, None, weight, out=case.normal(case.rows, 420)[:, :416], tiles=tiles)
     with pytest.raises(TidarError, match=r"no torch\.float32 by torch\.float32 for torch\.float32: use other tiles"):
         products.norm_linear(x.float(), None, weight.float(), tiles=tiles)
     with pytest.raises(TidarError, match=r"no torch\.bfloat16 by torch\.bfloat16 for torch\.float32: use other tiles"):

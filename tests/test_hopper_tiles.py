@@ -88,6 +88,7 @@ def test_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert able() and able(12080) and able(13020)
     assert not able(13000, 12090) and not able(capability=(10, 0)) and not able(capability=(8, 0))
+    assert able()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     hopper_code.able.cache_clear()
     assert not hopper_code.able(torch.device("cuda", 0))

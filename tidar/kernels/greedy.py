@@ -58,7 +58,7 @@ def logits_of(given, ids, VOCAB: tl.constexpr):
 
 @triton.jit
 def best_of(x, ids, LAST: tl.constexpr):
-    """The highest of some numbers, none of them NaN, and the lowest of its ids, all of them below ``LAST``."""
+    """The highest of some numbers, none of them NaN, and the lowest of its ids, which are at most ``LAST``."""
     peak = tl.max(x)
     return peak, tl.min(tl.where(x == peak, ids, LAST))
 

@@ -19,7 +19,7 @@ over."""
 LEAST = 48
 """Columns of a tile below which the depth is shared out instead: x is read again by every tile."""
 MOST = 64
-"""Rows up to which the weight's way from memory bounds a product. With more of them cuBLAS is as quick."""
+"""Rows up to which these products are quicker in a step than cuBLAS's (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class HopperTiles:
     """A product's tiles.
 
     Attributes:
-        rows: of x, 64 or 128: a warp group multiplies 64.
+        rows: of x, 64 or 128: a warp group multiplies 64. `hopper_tiles` takes 64 alone.
         cols: rows of the weight, half of them gates where there are gates; a multiple of 16 up to 256.
         splits: programs that share the depth of a tile, 1, 2 or 4; each joins the sums of as many of its rows.
 
@@ -68,8 +68,8 @@ class HopperTiles:
 def hopper_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> HopperTiles | None:
     """Tiles for a product of (n_rows, depth) and a weight (features, depth), or None where others serve better.
 
-    Measured on one H200, with the weights of models of 1.5 and 8 billion parameters and 64 and 128 rows: as few columns
-    a program as give every multiprocessor one, and the depth shared out if they are too few.
+    By what was quickest on one H200, with the weights of models of 1.5 and 8 billion parameters and 64 rows: as few
+    columns a program as give every multiprocessor one, and the depth shared out if they are too few.
 
     Args:
         n_rows: rows of x.

@@ -26,8 +26,9 @@ A kernel may also run *beside* the one before it (`start`, `finish`), if that on
 (`THEN`): all earlier kernels are done then, and what these two do, neither reads of the other. It waits at its end
 instead of its beginning, so that behind the next barrier both are done.
 
-Otherwise the one thing allowed before the barrier is `prefetch`: it moves lines into the L2 cache, where every write to
-them arrives too, and gives no values, so that it is right for any memory that may be read.
+Otherwise two things are allowed before the barrier. `prefetch` moves lines into the L2 cache, where every write to
+them arrives too, and gives no values, so that it is right for any memory that may be read. And weights may be read
+(`hopper.cu`): whoever writes them, as training does, waits for the GPU before steps are launched again.
 
 Not for cooperative launches, which place all of their programs at once.
 """

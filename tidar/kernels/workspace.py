@@ -17,7 +17,10 @@ __all__ = ["Tiles", "Workspace", "fixed_tiles", "own_keys", "power_of_2", "tiles
 NARROW = 64
 """Width of a head up to which it is narrow."""
 FINE, FINE_WIDE = 48, 40
-"""Programs of one split up to which tiles have 16 query rows, of narrow heads and of wider ones."""
+"""Programs of one split up to which tiles have 16 query rows, of narrow heads and of wider ones. For the latter's
+larger tiles also those up to which splits leave some multiprocessors over; with more they take all, and some twice."""
+SPARING, CROWDED = 5 / 6, 8 / 7
+"""Programs with their splits, to a multiprocessor: of so few programs, and of more."""
 SHARED = 1.4
 """How much longer programs take when all multiprocessors have two of them."""
 TILE, TILE_WIDTH = 870, 4.7
@@ -105,8 +108,8 @@ def tiles(
 
     most = min(units, MOST_SPLITS)
     if wide and cut > 16:
-        places = processors * 5 // 6 if programs < FINE_WIDE else processors * 8 // 7
-        splits = min(most, max(2, places // programs)) if programs <= processors else 1
+        places = processors * (SPARING if programs < FINE_WIDE else CROWDED)
+        splits = min(most, max(2, int(places / programs))) if programs <= processors else 1
     else:
         splits = min(range(1, most + 1), key=clocks)
     return Tiles(rows=cut, keys=keys, splits=splits, warps=warps, stages=stages)
