@@ -17,9 +17,6 @@ from tidar.kernels.hopper_tiles import DEPTH, HopperTiles
 
 __all__ = ["able", "compiled", "done", "source"]
 
-PITCH = 8
-"""Numbers more that a row of sums takes in shared memory, so that rows meet different banks."""
-
 
 @cache
 def able(device: torch.device) -> bool:
@@ -41,7 +38,7 @@ def source(tiles: HopperTiles, **constants: int) -> str:
     # Registers of a thread that brings tiles, and of one that multiplies: with two warp groups of these, all there are.
     few, many = 40, 240 if tiles.groups == 1 else 232
     constants |= {"ROWS": tiles.rows, "COLS": tiles.cols, "SPLITS": tiles.splits, "STAGES": tiles.stages}
-    constants |= {"FEW_REGISTERS": few, "MANY_REGISTERS": many, "DEPTH": DEPTH, "PITCH": tiles.cols + PITCH}
+    constants |= {"FEW_REGISTERS": few, "MANY_REGISTERS": many, "DEPTH": DEPTH, "PITCH": tiles.pitch}
     held, kind = tiles.cols // 2, "f16" if constants["HALF"] else "bf16"
     registers = ", ".join(f"%{number}" for number in range(held))
     sums = ", ".join(f'"+f"(d[{number}])' for number in range(held))

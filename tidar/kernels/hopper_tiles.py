@@ -56,9 +56,14 @@ class HopperTiles:
         return min(8, (SHARED - 1024) // ((self.rows + self.cols) * 2 * DEPTH))
 
     @property
+    def pitch(self) -> int:
+        """Numbers from one row of sums to the next in shared memory: eight more, so that rows meet different banks."""
+        return self.cols + 8
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory: of the ring, and afterwards of the sums; aligned to 1024."""
-        return 1024 + max(self.stages * (self.rows + self.cols) * 2 * DEPTH, self.rows * (self.cols + 8) * 4)
+        return 1024 + max(self.stages * (self.rows + self.cols) * 2 * DEPTH, self.rows * self.pitch * 4)
 
     def tiles(self, features: int) -> int:
         """Tiles of a weight of so many rows, gates included."""
