@@ -127,11 +127,25 @@ KINDS: dict[str, dict[str, int]] = {
 }
 
 
+def _no_compiler() -> bool:
+    try:
+        from cuda.bindings import nvrtc
+
+        return bool(nvrtc.nvrtcVersion()[0])
+    except (ImportError, RuntimeError):
+        return True
+
+
+compiles = pytest.mark.skipif(
+    _no_compiler(), reason="needs cuda-bindings and nvidia-cuda-nvrtc, as torch for CUDA does"
+)
+
+
+@compiles
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("tiles", [*TILES.values(), HopperTiles(64, 256, 4), HopperTiles(128, 256, 4)], ids=str)
 def test_compiled_without_a_gpu(tiles: HopperTiles, kind: dict[str, int]) -> None:
     """No spills, and products that need not wait for one another; within the shared memory and registers there are."""
-    pytest.importorskip("cuda.bindings.nvrtc", reason="the compiler needs cuda-bindings and nvidia-cuda-nvrtc")
     constants = dict.fromkeys(("KIND", "WIDE", "BIAS", "SQUARES", "AGAIN", "NORM", "TWICE", "PDL", "HALF"), 0) | kind
     log = hopper_code.compiled(hopper_code.source(tiles, **constants), "--ptxas-options=-v")[1]
     assert "0 bytes spill stores, 0 bytes spill loads" in log and "serialized" not in log, log
@@ -139,8 +153,8 @@ def test_compiled_without_a_gpu(tiles: HopperTiles, kind: dict[str, int]) -> Non
     assert tiles.shared + held <= 227 * 2**10
 
 
+@compiles
 def test_a_compiler_that_refuses() -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="the compiler needs cuda-bindings and nvidia-cuda-nvrtc")
     line = r"^the CUDA compiler refuses a product \(hopper\.cu\(1\): error: .*\): decode with fast=False, .*$"
     with pytest.raises(TidarError, match=line):
         hopper_code.compiled("nonsense;")
