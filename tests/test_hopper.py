@@ -23,6 +23,8 @@ TILES = {
     "64 in 2": HopperTiles(64, 96, 2),
     "64 in 4": HopperTiles(64, 64, 4),
     "64 by 208": HopperTiles(64, 208),
+    "64, late": HopperTiles(64, 64, late=True),
+    "64 in 2, late": HopperTiles(64, 32, 2, late=True),
     "128": HopperTiles(128, 144),
     "128 in 2": HopperTiles(128, 112, 2),
     "128 in 4": HopperTiles(128, 80, 4),
@@ -32,6 +34,7 @@ PRODUCTS = {
     "1.5B": {"qkv": (2048, 1536), "out": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)},
     "8B": {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)},
 }
+SMALL = {"qkv": (640, 384), "out": (384, 384), "gate_up": (2048, 384), "down": (384, 1024)}
 HEADS = {"1.5B": (151936, 1536), "8B": (151936, 4096)}
 
 
@@ -175,12 +178,14 @@ def test_a_row_does_not_depend_on_others(tiles: HopperTiles) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("model", PRODUCTS)
-@pytest.mark.parametrize("rows", [17, 48, 64])
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [*((m, n) for m in PRODUCTS for n in (17, 48, 64, 80, 128)), *(("17M", n) for n in (2, 16, 48, 64, 80, 256, 300))],
+)
 def test_real_sizes_in_a_graph(model: str, rows: int) -> None:
     """The products of a layer one behind the other, launched again and again while the one before drains."""
     case = Case(rows=rows)
-    sizes, cut = PRODUCTS[model], {}
+    sizes, cut = PRODUCTS.get(model, SMALL), {}
     for name, (features, depth) in sizes.items():
         tiles = hopper_tiles(rows, features, depth, 2)
         assert tiles is not None

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_hopper import HEADS, PRODUCTS, TILES
+from test_hopper import HEADS, PRODUCTS, SMALL, TILES
 
 from tidar.checkpoint import load_model
 from tidar.errors import TidarError
@@ -19,7 +19,7 @@ from tidar.fast import ops
 from tidar.fast.engine import Engine
 from tidar.fast.lean import LeanModel
 from tidar.kernels import hopper_code
-from tidar.kernels.hopper_tiles import HopperTiles, hopper_tiles
+from tidar.kernels.hopper_tiles import DEPTH, HopperTiles, hopper_tiles
 from tidar.kernels.product_tiles import PROCESSORS
 from tidar.kernels.quantised import Quantised
 
@@ -32,7 +32,7 @@ def test_tiles_that_cannot_be(sizes: tuple[int, ...]) -> None:
         HopperTiles(*sizes)
 
 
-@pytest.mark.parametrize("rows", [17, 64])
+@pytest.mark.parametrize("rows", [17, 64, 65, 128])
 @pytest.mark.parametrize("model", PRODUCTS)
 def test_tiles_fill_the_gpu_once(model: str, rows: int) -> None:
     for features, depth in PRODUCTS[model].values():
@@ -46,11 +46,25 @@ def test_tiles_fill_the_gpu_once(model: str, rows: int) -> None:
     assert tiles.tiles(HEADS[model][0]) > 0.95 * rounds * PROCESSORS
 
 
+@pytest.mark.parametrize("rows", [2, 17, 64, 65, 256, 512])
+def test_small_weights_run_at_once(rows: int) -> None:
+    """Few long programs would take longer, and so would a second round."""
+    for features, depth in [*SMALL.values(), (4352, 384), (64, 64), (512, 2048), (64, 8192)]:
+        tiles = hopper_tiles(rows, features, depth, 2)
+        assert tiles is not None and tiles.rows == 64
+        programs = math.ceil(rows / 64) * tiles.tiles(features) * tiles.splits
+        assert programs <= PROCESSORS or tiles.cols == 128
+        assert tiles.late == (tiles.splits == 1 and programs <= PROCESSORS // 4)
+        assert tiles.splits == 1 or depth / tiles.splits >= 2 * DEPTH
+
+
 def test_where_others_serve_better() -> None:
     for sizes in (
         (16, 4096, 4096, 2),
         (129, 4096, 4096, 2),
-        (64, 640, 384, 2),
+        (1, 640, 384, 2),
+        (513, 640, 384, 2),
+        (64, 640, 384, 4),
         (64, 4096, 4096, 4),
         (64, 4100, 4096, 2),
     ):
@@ -105,20 +119,24 @@ def test_which_products_of_a_model(converted: Callable[[str], Path], monkeypatch
     monkeypatch.setattr("tidar.fast.lean.able", lambda device: True)
     assert lean._cut(large, rows) == HopperTiles(64, 64, 2)
     assert not isinstance(lean._cut(large, rows, torch.arange(40)), HopperTiles), "chosen ones are gathered"
-    assert not isinstance(lean._cut(large[:64], rows), HopperTiles) and not lean.on_hopper(40)
+    assert isinstance(lean._cut(large[:64], rows), HopperTiles) and lean.on_hopper(2) and not lean.on_hopper(1)
     quantised = Quantised(large.to(torch.int8), torch.empty(4096, device="meta"))
     assert not isinstance(lean._cut(quantised, rows), HopperTiles)
     assert not isinstance(LeanModel(core, ops.load(plain=True), deterministic=True)._cut(large, rows), HopperTiles)
     layer = SimpleNamespace(qkv=large, out=large, gate_up=large, down=large)
+    odd = SimpleNamespace(qkv=large, out=large, gate_up=large[:4088], down=large)  # no multiple of 16
+    monkeypatch.setattr(lean, "layers", [layer, odd])
+    assert not lean.on_hopper(40)
     monkeypatch.setattr(lean, "layers", [layer] * 2)
-    assert lean.on_hopper(40) and lean.on_hopper(64) and not lean.on_hopper(16) and not lean.on_hopper(65)
+    assert lean.on_hopper(40) and lean.on_hopper(128) and not lean.on_hopper(16) and not lean.on_hopper(129)
     engine = SimpleNamespace(network=SimpleNamespace(lean=lean), core=SimpleNamespace(device="cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 << 20))
-    assert Engine._overlaps(engine, 64) and not Engine._overlaps(engine, 65)  # type: ignore[arg-type]
+    assert Engine._overlaps(engine, 128) and not Engine._overlaps(engine, 129)  # type: ignore[arg-type]
 
 
 KINDS: dict[str, dict[str, int]] = {
     "plain": {"SQUARES": 1, "BIAS": 1, "PDL": 1},
+    "late": {"SQUARES": 1, "PDL": 2},
     "head": {"SQUARES": 1, "WIDE": 1},
     "ends": {"SQUARES": 1, "WIDE": 1, "AGAIN": 1, "PDL": 1},
     "gated": {"KIND": 1, "SQUARES": 1, "BIAS": 1, "PDL": 1},

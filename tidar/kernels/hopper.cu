@@ -16,23 +16,24 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
   __shared__ alignas(8) u64 barriers[2 * STAGES];
   __shared__ float inverse[ROWS], twice[AGAIN ? ROWS : 1];
   const u32 tiles_at = (in_shared(unaligned) + 1023) & ~1023u;
-  const char* sums = unaligned + (tiles_at - in_shared(unaligned));  // where the tiles were, when all are read
+  const u32 sums_at = tiles_at + SUMS;
+  const char* sums = unaligned + (sums_at - in_shared(unaligned));
   const u32 full = in_shared(barriers), empty = full + 8 * STAGES;
   const int thread = threadIdx.x, group = thread / 128 - 1, split = blockIdx.x % SPLITS, top = blockIdx.y * ROWS;
   const int from = s.steps * split / SPLITS, until = s.steps * (split + 1) / SPLITS;
   const int first_tile = blockIdx.x / SPLITS, tile_step = gridDim.x / SPLITS;
 
   if (thread == 0) {
+    prefetch(&w_map), prefetch(&x_map);
     for (int n = 0; n < STAGES; ++n) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + 8 * n));
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + 8 * n), "n"(GROUPS));
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#if PDL
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+    if (PDL == EARLY) release();
   }
   __syncthreads();
+  if (SPLITS > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // this program has begun
 
   if (group < 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FEW_REGISTERS));
@@ -49,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
         for (int k = from; k < until; ++k, ++step) {
           const u32 slot = step % STAGES, to = tiles_at + slot * STAGE + X_BYTES, arrived = full + 8 * slot;
           wait(empty + 8 * slot, (step / STAGES & 1) ^ 1);
-          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(arrived), "n"(STAGE) : "memory");
+          asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(arrived), "r"(W_BYTES + s.x_bytes)
+                       : "memory");
           load_tile(to, &w_map, k * DEPTH, tile * TAKEN, arrived, evict_first);
           if (KIND == GATED)
             load_tile(to + W_BYTES / 2, &w_map, k * DEPTH, s.features + tile * TAKEN, arrived, evict_first);
@@ -65,8 +67,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
     }
     if (SHARED_OUT) {
       __syncwarp();
-      cluster_barrier();
-      cluster_barrier();
+      before_sums();
+      behind_sums();
     }
     return;
   }
@@ -83,6 +85,31 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
     if (AGAIN) twice[line] = rsqrtf(chunks_of(weighed, row, s) * s.over_depth + s.again * mean);
     asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
   }
+  // Where sums are joined, a lane has four columns of a row, a warp one row or several. What they are added to and
+  // weighed by is asked for now, long before they are there.
+  const int in_row = lane % LANES * 4, column = first_tile * TAKEN + in_row;
+  const int first_line = (thread - 128) / 32 * (32 / LANES) + lane / LANES;
+  uint2 before[BATCH][PARTS], heavy[PARTS], more[1 + (KIND == GATED)][PARTS];
+  auto load_residual = [&](int trip) {
+    #pragma unroll
+    for (int n = 0; n < BATCH; ++n)
+      #pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        const int line = first_line + (trip + n) * LINES_A_TRIP, row = top + split * SHARE + line;
+        const int f = column + part * 128;
+        const bool real = line < SHARE && row < s.count && in_row + part * 128 < TAKEN && f < s.features;
+        before[n][part] = real ? *(const uint2*)((const u16*)out + (long long)row * s.out_row + f) : make_uint2(0, 0);
+      }
+  };
+  if (KIND == ADD) load_residual(0);
+  #pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    const int f = column + part * 128;
+    if (!SHARED_OUT || in_row + part * 128 >= TAKEN || f >= s.features) continue;
+    if (NORM) heavy[part] = *(const uint2*)(norm + f);
+    if (BIAS) more[0][part] = *(const uint2*)(bias + f);
+    if (BIAS && KIND == GATED) more[KIND == GATED][part] = *(const uint2*)(bias + s.features + f);
+  }
   float acc[COLS / 2];
   int step = 0;
   for (int tile = first_tile; tile < s.tiles; tile += tile_step) {
@@ -97,7 +124,12 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
       if (k > from && thread % 128 == 0) arrive(empty + 8 * ((step - 1) % STAGES));
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (thread % 128 == 0) arrive(empty + 8 * ((step - 1) % STAGES));
+    #pragma unroll
+    for (int n = 0; n < COLS / 2; ++n) asm volatile("" : "+f"(acc[n]));  // sums are read behind the wait only
+    if (thread % 128 == 0) {
+      arrive(empty + 8 * ((step - 1) % STAGES));
+      if (PDL == LATE) release();
+    }
     if (SHARED_OUT) break;
 
     // A thread has two neighbouring columns in each 8, of a row and of the eighth row behind it.
@@ -145,10 +177,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
   }
   if (!SHARED_OUT) return;
 
-  cluster_barrier();
+  before_sums();
   {
     const int line = own + warp * 16;
-    u32 to = tiles_at + ((split * SHARE + line % SHARE + lane / 4) * PITCH + lane % 4 * 2) * 4;
+    u32 to = sums_at + ((split * SHARE + line % SHARE + lane / 4) * PITCH + lane % 4 * 2) * 4;
     asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(to) : "r"(line / SHARE));
     #pragma unroll
     for (int b = 0; b < COLS / 8; ++b)
@@ -157,23 +189,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
         asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(to + (half * 8 * PITCH + b * 8) * 4),
                      "f"(acc[4 * b + 2 * half]), "f"(acc[4 * b + 2 * half + 1]) : "memory");
   }
-  // A lane has four columns of a row, a warp one row or several; what is added to is asked for before splits meet.
-  const int in_row = lane % LANES * 4, column = first_tile * TAKEN + in_row;
-  const int first_line = (thread - 128) / 32 * (32 / LANES) + lane / LANES;
-  uint2 before[BATCH][PARTS];
-  auto load_residual = [&](int trip) {
-    #pragma unroll
-    for (int n = 0; n < BATCH; ++n)
-      #pragma unroll
-      for (int part = 0; part < PARTS; ++part) {
-        const int line = first_line + (trip + n) * LINES_A_TRIP, row = top + split * SHARE + line;
-        const int f = column + part * 128;
-        const bool real = line < SHARE && row < s.count && in_row + part * 128 < TAKEN && f < s.features;
-        before[n][part] = real ? *(const uint2*)((const u16*)out + (long long)row * s.out_row + f) : make_uint2(0, 0);
-      }
-  };
-  if (KIND == ADD) load_residual(0);
-  cluster_barrier();
+  behind_sums();
   for (int trip = 0; trip < TRIPS; trip += BATCH) {
     if (KIND == ADD && trip > 0) load_residual(trip);
     #pragma unroll
@@ -187,10 +203,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
         const int at = in_row + part * 128, f = column + part * 128;
         if (!real || at >= TAKEN || f >= s.features) continue;
         float4 v = joined(sums, line, at, AGAIN && f >= s.behind ? twice[split * SHARE + line] : by);
-        if (BIAS) v = plus(v, *(const uint2*)(bias + f));
+        if (BIAS) v = plus(v, more[0][part]);
         if (KIND == GATED) {
           float4 up = joined(sums, line, at + TAKEN, by);
-          if (BIAS) up = plus(up, *(const uint2*)(bias + s.features + f));
+          if (BIAS) up = plus(up, more[KIND == GATED][part]);
           v = gate(v, up);
         }
         const long long place = (long long)row * s.out_row + f;
@@ -202,11 +218,11 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) hopper_produ
         const uint2 rounded = narrow(v);
         *(uint2*)((u16*)out + place) = rounded;
         if (!NORM) continue;
-        const float4 x = widened(rounded), w = widened(*(const uint2*)(norm + f));  // as rounded: all see one x
-        const uint2 heavy = narrow(make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
-        *(uint2*)(scaled + (long long)row * s.features + f) = heavy;
+        const float4 x = widened(rounded), w = widened(heavy[part]);  // as rounded: all see one x
+        const uint2 weighed_x = narrow(make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
+        *(uint2*)(scaled + (long long)row * s.features + f) = weighed_x;
         sum += squared_sum(x);
-        if (TWICE) second += squared_sum(widened(heavy));
+        if (TWICE) second += squared_sum(widened(weighed_x));
       }
       if (!NORM) continue;
       #pragma unroll

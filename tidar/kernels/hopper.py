@@ -23,7 +23,7 @@ from torch import Tensor
 from tidar.errors import TidarError
 from tidar.kernels.hopper_code import able, compiled, done, source
 from tidar.kernels.hopper_tiles import DEPTH, HopperTiles
-from tidar.kernels.pdl import options
+from tidar.kernels.pdl import EARLY, LATE, options
 from tidar.kernels.reference_products import Ready
 
 __all__ = ["multiply"]
@@ -36,7 +36,7 @@ class Sizes(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("count", "features", "steps", "tiles", "chunks", "squares_row", "out_row")),
-        ("behind", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("behind", "x_bytes")),
         *((name, ctypes.c_float) for name in ("over_depth", "eps", "again")),
     ]
 
@@ -102,7 +102,7 @@ def multiply(
         scaled = torch.empty(count, features, dtype=x.dtype, device=x.device)
         squared, *others = torch.empty(1 + twice, number, count, dtype=torch.float32, device=x.device)
         left = others[0] if twice else None
-    overlapped = bool(options(x.device)["launch_pdl"])
+    when = options(x.device, when=LATE if tiles.late else EARLY)["PDL"]
     constants = {
         "KIND": GATED if gates else ADD if add else PLAIN,
         "WIDE": out.dtype == torch.float32,
@@ -111,15 +111,15 @@ def multiply(
         "AGAIN": weighed is not None,
         "NORM": norm is not None,
         "TWICE": twice,
-        "PDL": overlapped,
+        "PDL": when,
         "HALF": x.dtype == torch.float16,
     }
     chunks, squares_row = (0, 0) if squares is None else squares.shape
-    sizes = Sizes(
-        count, features, -(-depth // DEPTH), number, chunks, squares_row, out.stride(0), behind, 1 / depth, eps, again
-    )
-    taken = tiles.cols // 2 if gates else tiles.cols
-    maps = _map(*_place(x), tiles.rows), _map(*_place(weight), taken)
+    # No more rows than there are: those that are filled with zeros take longer than those that are read.
+    brought, taken = min(count, tiles.rows), tiles.cols // 2 if gates else tiles.cols
+    maps = _map(*_place(x), brought), _map(*_place(weight), taken)
+    lengths = count, features, -(-depth // DEPTH), number, chunks, squares_row, out.stride(0), behind
+    sizes = Sizes(*lengths, 2 * DEPTH * brought, 1 / depth, eps, again)
     tensors = (out, bias, squares, weighed, norm, scaled, squared, left)
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     places = [int(m.getPtr()) for m in maps] + [ctypes.addressof(p) for p in (*pointers, sizes)]
@@ -128,7 +128,7 @@ def multiply(
         programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
     with torch.cuda.device(x.device):
         kernel = _kernel(x.device.index, tiles, tuple(sorted((name, int(on)) for name, on in constants.items())))
-        _launch(kernel, tiles, (programs, -(-count // tiles.rows)), places, x.device, overlapped)
+        _launch(kernel, tiles, (programs, -(-count // tiles.rows)), places, x.device, bool(when))
     return None if scaled is None else Ready(scaled, squared, left)
 
 

@@ -6,16 +6,18 @@ typedef unsigned short u16;
 
 struct alignas(64) Map { char bytes[128]; };
 struct Sizes {
-  int count, features, steps, tiles, chunks, squares_row, out_row, behind;
+  int count, features, steps, tiles, chunks, squares_row, out_row, behind, x_bytes;
   float over_depth, eps, again;
 };
 enum { PLAIN, GATED, ADD };
+enum { EARLY = 1, LATE };  // as in pdl.py
 
 static_assert(DEPTH == 64, "a row of a tile is 128 bytes, the widest swizzle");
 constexpr int GROUPS = ROWS / 64;                       // warp groups that multiply
 constexpr int TAKEN = KIND == GATED ? COLS / 2 : COLS;  // columns of the result
 constexpr int X_BYTES = ROWS * 128, W_BYTES = COLS * 128, STAGE = X_BYTES + W_BYTES;
 constexpr bool SHARED_OUT = KIND == ADD || SPLITS > 1;  // sums are joined, or a row is read by one warp
+constexpr int SUMS = SPLITS > 1 ? STAGES * STAGE : 0;   // where sums are joined: behind the tiles, or in their place
 constexpr int SHARE = ROWS / SPLITS;                    // rows whose sums a split joins
 constexpr int LANES = TAKEN > 64 ? 32 : TAKEN > 32 ? 16 : 8, PARTS = (TAKEN + 127) / 128;  // of a row, 4 columns each
 constexpr int LINES_A_TRIP = 4 * GROUPS * (32 / LANES), TRIPS = (SHARE + LINES_A_TRIP - 1) / LINES_A_TRIP;
@@ -33,11 +35,29 @@ __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void cluster_barrier() {  // behind it all threads of all splits see each other's memory
+__device__ __forceinline__ void release() {  // the next kernel may start
+#if PDL
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// In front of it nobody writes sums: of a split, before it has begun; else before the tiles in their place are read.
+__device__ __forceinline__ void before_sums() {
+  if (SPLITS > 1)
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  else
+    __syncthreads();
+}
+
+__device__ __forceinline__ void behind_sums() {  // all threads of all splits see each other's
   if (SPLITS > 1)
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   else
     __syncthreads();
+}
+
+__device__ __forceinline__ void prefetch(const Map* map) {
+  asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
 
 __device__ __forceinline__ void load_tile(u32 to, const Map* map, int column, int row, u32 barrier, u64 policy) {
