@@ -28,8 +28,9 @@ from tidar.kernels.quantised import Quantised
     "sizes", [(63, 64), (192, 64), (64, 24), (64, 272), (64, 0), (64, 64, 3), (64, 64, 8)], ids=str
 )
 def test_tiles_that_cannot_be(sizes: tuple[int, ...]) -> None:
+    rows, cols, splits = (*sizes, 1)[:3]
     with pytest.raises(TidarError, match=r"tiles"):
-        HopperTiles(*sizes)
+        HopperTiles(rows, cols, splits)
 
 
 @pytest.mark.parametrize("rows", [17, 64, 65, 128])

@@ -31,6 +31,7 @@ AHEAD = 2
 class _Flight:
     """A launched step."""
 
+    slots: Slots
     shape: Shape
     entry: int
     done: torch.cuda.Event | None
@@ -119,11 +120,9 @@ class FastDecoder:
         self._policy.select(rows)
         smaller = next((n for n in ROWS if n >= len(rows)), len(rows))
         if 2 * smaller <= self._slots.rows:
-            # The rows move to a smaller batch. Their pages stay, so only tables move.
-            while self._flying:
-                self._land()
+            # The rows move to a smaller batch, behind the steps in flight. Their pages stay, so only tables move.
             slots = self._engine.slots(self, len(rows), self._slots.pages)
-            slots.adopt(self._slots, self._rows)
+            slots.adopt(self._slots, self._rows, lambda move: self._engine.captured(move, slots.rows))
             self._slots, self._rows, self._launched = slots, list(range(len(rows))), 0
             self._plan()
 
@@ -134,7 +133,7 @@ class FastDecoder:
         if self._slots.device.type == "cuda":
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        self._flying.append(_Flight(shape, self._launched % DEPTH, done, list(self._rows)))
+        self._flying.append(_Flight(self._slots, shape, self._launched % DEPTH, done, list(self._rows)))
         self._launched += 1
         self._held = shape.masks if shape.proposals else 1
 
@@ -143,7 +142,7 @@ class FastDecoder:
         flight = self._flying.popleft()
         if flight.done is not None:
             flight.done.synchronize()
-        entry: list[list[int]] = self._slots.ring[flight.entry, :, : HEAD + flight.shape.drafts].tolist()
+        entry: list[list[int]] = flight.slots.ring[flight.entry, :, : HEAD + flight.shape.drafts].tolist()
         self._check(min(count for count, *_ in entry) < 0)
         rows = [entry[r] for r in flight.rows]
         outcome = Outcome(*([row[at] for row in rows] for at in range(HEAD)))

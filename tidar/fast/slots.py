@@ -23,6 +23,7 @@ DEPTH = 16
 """Steps that may be in flight before the first of their results is read."""
 
 T = TypeVar("T")
+Move = Callable[[], object]
 
 
 @runtime_checkable
@@ -66,6 +67,7 @@ class Slots:
         self.params = DeviceParams.of([SamplingParams()] * rows, device)
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
         self.ring = torch.zeros(DEPTH, rows, HEAD + most, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._named = torch.full((rows,), -1, pin_memory=device.type == "cuda")  # rows that are adopted
         self.kept: dict[object, object] = {}
 
     @property
@@ -101,19 +103,31 @@ class Slots:
             for row, prompt in enumerate(prompts):
                 self.seen[row, list(prompt)] = True
 
-    def adopt(self, other: Slots, rows: list[int]) -> None:
-        """Take the named rows of ``other``, with their pages, as they stand between two steps."""
-        count = len(rows)
-        index = torch.tensor(rows, device=self.device)
+    def adopt(self, other: Slots, rows: Sequence[int], ready: Callable[[Move], Move] = lambda move: move) -> None:
+        """Take the named rows of ``other``, with their pages, as the steps that were launched leave them; the host does
+        not wait for these.
+
+        Args:
+            other: nobody launches its steps any more.
+            rows: of it.
+            ready: makes what is launched for it, once: a captured graph, say.
+        """
+        self._named.fill_(-1)
+        self._named[: len(rows)] = torch.tensor(rows)
+        self.once(("adopt", other), lambda: ready(lambda: self._take(other)))()
+        self._forget()
+
+    def _take(self, other: Slots) -> None:
+        """The named rows, in whatever order a captured graph finds them."""
+        named = self._named.to(self.device, non_blocking=True)
+        real, at = named >= 0, named.clamp(min=0)
         for mine, theirs in zip(self._state[:-2], other._state[:-2], strict=True):
-            mine[:count] = theirs[index]
-            mine[count:] = 0
+            mine.copy_(torch.where(real.view(-1, *[1] * (mine.dim() - 1)), theirs[at], mine.new_zeros(())))
         # Rows that pad keep parameters of nobody or of an earlier request: valid ones, where zeros would not be.
         for mine, theirs in zip(self.params.tensors, other.params.tensors, strict=True):
-            mine[:count] = theirs[index]
+            mine.copy_(torch.where(real, theirs[at], mine))
         self.tickets.zero_()
         self.bad.copy_(other.bad)
-        self._forget()
 
     def _forget(self) -> None:
         """Runners-up of other rows' drafts would do no harm, but forwards would hang on who came before."""
