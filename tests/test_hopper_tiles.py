@@ -33,7 +33,7 @@ def test_tiles_that_cannot_be(sizes: tuple[int, ...]) -> None:
         HopperTiles(rows, cols, splits)
 
 
-@pytest.mark.parametrize("rows", [17, 64, 65, 128])
+@pytest.mark.parametrize("rows", [2, 17, 64, 65, 128])
 @pytest.mark.parametrize("model", PRODUCTS)
 def test_tiles_fill_the_gpu_once(model: str, rows: int) -> None:
     for features, depth in PRODUCTS[model].values():
@@ -61,7 +61,7 @@ def test_small_weights_run_at_once(rows: int) -> None:
 
 def test_where_others_serve_better() -> None:
     for sizes in (
-        (16, 4096, 4096, 2),
+        (1, 4096, 4096, 2),
         (129, 4096, 4096, 2),
         (1, 640, 384, 2),
         (513, 640, 384, 2),
@@ -129,7 +129,7 @@ def test_which_products_of_a_model(converted: Callable[[str], Path], monkeypatch
     monkeypatch.setattr(lean, "layers", [layer, odd])
     assert not lean.on_hopper(40)
     monkeypatch.setattr(lean, "layers", [layer] * 2)
-    assert lean.on_hopper(40) and lean.on_hopper(128) and not lean.on_hopper(16) and not lean.on_hopper(129)
+    assert lean.on_hopper(40) and lean.on_hopper(128) and not lean.on_hopper(1) and not lean.on_hopper(129)
     engine = SimpleNamespace(network=SimpleNamespace(lean=lean), core=SimpleNamespace(device="cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 << 20))
     assert Engine._overlaps(engine, 128) and not Engine._overlaps(engine, 129)  # type: ignore[arg-type]

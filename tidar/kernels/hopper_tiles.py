@@ -19,7 +19,7 @@ over."""
 LEAST = 48
 """Columns of a tile below which the depth is shared out instead: x is read again by every tile."""
 MOST, MOST_OF_SMALL = 128, 512
-"""Rows up to which these products are quicker in a step than others, of large and of small weights
+"""Rows up to which, from two on, these products are quicker in a step than others, of large and of small weights
 (docs/benchmarks.md)."""
 FEW = PROCESSORS // 4
 """Programs of a small product up to which the next kernel starts late."""
@@ -91,11 +91,10 @@ def hopper_tiles(n_rows: int, features: int, depth: int, itemsize: int) -> Hoppe
         depth: columns of the weight.
         itemsize: bytes of a number.
     """
-    if itemsize != 2 or features % 16 or depth % 8:
+    small = features * depth <= SMALL
+    if itemsize != 2 or features % 16 or depth % 8 or not 1 < n_rows <= (MOST_OF_SMALL if small else MOST):
         return None
-    if features * depth <= SMALL:
-        return _of_small(n_rows, features, depth) if 1 < n_rows <= MOST_OF_SMALL else None
-    return _of_large(n_rows, features, depth) if 16 < n_rows <= MOST else None
+    return (_of_small if small else _of_large)(n_rows, features, depth)
 
 
 def _of_large(n_rows: int, features: int, depth: int) -> HopperTiles:

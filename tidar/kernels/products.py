@@ -36,7 +36,7 @@ from tidar.kernels import hopper
 from tidar.kernels.hopper_tiles import HopperTiles
 from tidar.kernels.pdl import EARLY, LATE, options
 from tidar.kernels.product_kernel import product
-from tidar.kernels.product_tiles import ProductTiles
+from tidar.kernels.product_tiles import PROCESSORS, ProductTiles
 from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready, check_add, check_product
 from tidar.kernels.rowwise import gated, result
@@ -242,12 +242,15 @@ def _launch(
         scaled = torch.empty(out.shape, dtype=x.dtype, device=x.device)
         squared, *others = torch.empty(1 + twice, grid[1], count, dtype=torch.float32, device=x.device)
         left = others[0] if twice else None
+    # Late where the next kernel's programs would gather on whatever is free; the other way where they find nothing free
+    # before these have ended.
+    fills = 3 * PROCESSORS // 4 < math.prod(grid) <= PROCESSORS
     product[grid](
         taken[0], rows, into, squares, weighed, taken[1], scale, bias, out, norm, scaled, squared, left, part, arrived,
         count, eps, again, x.stride(0), squares_row, out.stride(0), BEHIND=behind, ADD=add,
         CHUNKS=chunks, HELD=power_of_2(max(chunks, 1)),
         num_warps=tiles.warps, num_stages=tiles.stages, **sizes,
-        **options(x.device, when=LATE if tiles.rows < 64 else EARLY),
+        **options(x.device, when=LATE if tiles.rows < 64 and not fills else EARLY),
     )  # fmt: skip
     return None if scaled is None else Ready(scaled, squared, left)
 
