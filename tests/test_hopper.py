@@ -180,7 +180,10 @@ def test_a_row_does_not_depend_on_others(tiles: HopperTiles) -> None:
 @on_hopper
 @pytest.mark.parametrize(
     ("model", "rows"),
-    [*((m, n) for m in PRODUCTS for n in (2, 16, 17, 48, 64, 80, 128)), *(("17M", n) for n in (2, 16, 48, 64, 80, 256, 300))],
+    [
+        *((m, n) for m in PRODUCTS for n in (2, 16, 17, 48, 64, 80, 128)),
+        *(("17M", n) for n in (2, 16, 48, 64, 80, 256, 300)),
+    ],
 )
 def test_real_sizes_in_a_graph(model: str, rows: int) -> None:
     """The products of a layer one behind the other, launched again and again while the one before drains."""

@@ -16,7 +16,7 @@ from tidar.api import Model
 from tidar.config import SamplingParams
 from tidar.decode import generation
 from tidar.decode.clock import DOUBT, Clock, Measured, Times
-from tidar.decode.plan import AR, Outcome, Plan, Shape, candidates, few, shapes
+from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates, few, shapes
 from tidar.decode.planned import PlannedDecoder, measure
 from tidar.decode.planner import (
     BELOW,
@@ -502,7 +502,7 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def noting(plan: Plan, *_: object, looked: list[Plan] = looked) -> float:
             looked.append(plan)
-            return tokens_per_step(plan, even(0.9, 33), even_cover(1.0))
+            return float(tokens_per_step(plan, even(0.9, 33), even_cover(1.0)))
 
         monkeypatch.setattr("tidar.decode.policy.speed", noting)
         most = -(-len(plans) // REPLAN)
@@ -511,6 +511,61 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(looked) <= step * most
         assert set(looked) == set(plans)
         assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)
+        policy.open(4)  # longer steps
+        policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
+        looked.clear()
+        for _ in range(REPLAN // 4):
+            policy.learn(Shape(1, 0, 1), Outcome([1] * 4, [1] * 4, [0] * 4, [-1] * 4, [0] * 4))
+        assert set(looked) == set(plans)
+
+
+def test_rows_are_not_alike() -> None:
+    """Each row's drafts stand as often as all rows' do, to a power of its own."""
+    seen = Acceptance()
+    for _ in range(200):
+        seen.update(np.full(4, FRESH), np.full(4, 8), np.array([7, 7, 3, 0]))
+    mean = (7 + 7 + 3 + 0) / (8 + 8 + 4 + 1)
+    compared = np.array([80.0, 40.0, 10.0, 0.0])
+    stood = compared * [mean, mean**2, 1.0, 0.0]
+    powers = seen.eases(compared, stood)
+    assert powers[0] == pytest.approx(1, abs=0.02) and 1.5 < powers[1] < 2 and powers[2] < 1
+    assert powers[3] == pytest.approx(1, abs=1e-6), "nothing is known of it"
+    assert (seen.eases(np.full(2, 1e9), np.array([0.0, 1e9])) == [5, 0.1]).all()
+
+
+def test_a_plan_is_judged_by_what_a_token_takes() -> None:
+    plan, cover = Plan("tidar", 8, 3), even_cover(0.8)
+    rates = [even(0.95, 8), even(0.4, 8)]
+    fast, slow = (speed(plan, each, cover, lambda _: 0.5) for each in rates)
+    both = speed(plan, np.stack(rates), cover, lambda _: 0.5)
+    assert both == pytest.approx(2 / (1 / fast + 1 / slow)) and both < 0.9 * (fast + slow) / 2
+    assert fast == pytest.approx(2 * float(tokens_per_step(plan, rates[0], cover)))
+
+
+def test_slow_rows_count() -> None:
+    """Rows whose drafts always or never stand want another plan than as many that are in between, now and in the batch
+    behind them."""
+    longer, shorter = Plan("tidar", 16, 15), Plan("tidar", 4, 3)
+    times = Measured(
+        {SINGLE: 1.0, shapes(longer)[0]: 2.7, shapes(shorter)[0]: 1.43, **{Shape(1, 1, k): 1 for k in (4, 16)}}
+    )
+    found = []
+    for accepted in ([16, 16, 16, 1, 1, 1], [8] * 6):
+        told = Acceptance()
+        for _ in range(2):
+            policy = Planning(16, [AR, longer, shorter], told)
+            policy.open(6)
+            policy.begin(lambda _: times)
+            first = policy.plan
+            for _ in range(2 * REPLAN):
+                policy.learn(shapes(longer)[0], Outcome(accepted, [0] * 6, [0] * 6, [-1] * 6, [0] * 6))
+        found.append((policy.plan, first))
+        policy.select([0])
+        policy.begin(lambda _: times)
+        for _ in range(REPLAN):
+            policy.learn(shapes(longer)[0], Outcome(accepted[:1], [0], [0], [-1], [0]))
+        assert policy.plan == longer, "the row that is left is a fast one"
+    assert found == [(shorter, shorter), (longer, longer)]
 
 
 def test_measured_times_are_usable(qwen3: Model) -> None:

@@ -11,6 +11,11 @@ which plans meet unequally: few proposals are for likely outcomes alone. So what
 second, … draft behind the certain token stood, of three kinds of drafts: fresh ones behind an unlikely outcome, other
 fresh ones, and tails; how often the outcome that came was among the likeliest; and how often the token behind it
 was one of its alternates, which makes the next first draft sure.
+
+Rows of a batch are not alike: one repeats itself, and whatever is drafted stands, while another one hardly profits. So
+of each row it is learned how *easy* it is: its drafts stand as often as all rows' do, to the power of a number of its
+own. A plan is judged by what a token takes in rows of several ease, not by all tokens: fast rows end soon, and slow
+ones are waited for.
 """
 
 from __future__ import annotations
@@ -51,6 +56,11 @@ the n-th is less often; and how often the second of a pair is the token behind t
 KINDS = 3
 UNLIKELY, FRESH, TAILS = range(KINDS)
 """Kinds of drafts: fresh ones behind an unlikely outcome, other fresh ones, and tails."""
+EASES = 3
+"""Rows of so many kinds stand for all of a batch."""
+OWN, FIRM, EASY = 0.97, 8.0, (0.1, 5.0)
+"""What a row's observation still weighs one step later; how many of them count as much as the belief that it is like
+all others; and the powers between which it can be."""
 MARGIN = 1.03
 """How much quicker another plan must look: looks are noisy, and changing costs a step."""
 
@@ -72,6 +82,7 @@ class Acceptance:
         self._asked: Rates = np.full(MOST_ALTERNATES, PRIOR[1])
         # How often the second of a pair followed, and how often there was one behind an alternate that came.
         self._second, self._first = PRIOR[1] * SECOND, PRIOR[1]
+        self.spread: Rates = np.ones(EASES)  # powers of a batch's rows when last there was one
 
     def update(
         self, kinds: Counts, counts: Counts, accepted: Counts, sure: Counts | None = None, steps: int = 1
@@ -121,6 +132,14 @@ class Acceptance:
         paired = (met >= 0) & (met < alternates // 2)
         self._second = FORGET**steps * self._second + int((told[paired] > 1).sum())
         self._first = FORGET**steps * self._first + int(paired.sum())
+
+    def eases(self, compared: Rates, stood: Rates) -> Rates:
+        """(R,) powers of rows that had so many drafts compared, of which so many stood."""
+        asked, hits = self._told[:KINDS, 1:].sum(), self._told[KINDS:, 1:].sum()
+        mean = min(MOST, float((hits + PRIOR[0] * PRIOR[1]) / (asked + PRIOR[1])))
+        own = np.clip((stood + FIRM * mean) / (compared + FIRM), 1e-3, 1 - 1e-3)
+        powers: Rates = np.clip(np.log(own) / np.log(max(mean, 1e-3)), *EASY)
+        return powers
 
     def sure(self, alternates: int) -> tuple[float, float]:
         """How often with so many alternates the first draft behind an outcome is sure, and how often the second too."""
@@ -180,41 +199,40 @@ class Cover(NamedTuple):
     """And by the second of its pair."""
 
 
-def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> float:
-    """Tokens a step of ``plan`` commits on average, in the long run.
+def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> Rates:
+    """Tokens (...) a step of ``plan`` commits on average, in the long run.
 
     Args:
         plan: the policy.
-        rates: (3, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
+        rates: (..., 3, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
         cover: as of `Acceptance.cover`.
     """
     k = plan.draft_len
     if plan.method == "ar" or k == 1:
-        return 1.0
-    rates = rates[:, :k].copy()
-    first, second = rates[:, 1:2].copy(), rates[:, 2:3]
-    rates[:, 1:2] += cover.sure * (1 - first)
+        return np.ones(rates.shape[:-2])
+    rates = rates[..., :k].copy()
+    first, second = rates[..., 1:2].copy(), rates[..., 2:3]
+    rates[..., 1:2] += cover.sure * (1 - first)
     # Both are sure, the first alone is, or none: the second's chance once the first stands.
     both = cover.second + (cover.sure - cover.second + (1 - cover.sure) * first) * second
-    rates[:, 2:3] = np.divide(both, rates[:, 1:2], out=second.copy(), where=rates[:, 1:2] > 0)
-    survive = np.cumprod(rates, axis=1)
+    rates[..., 2:3] = np.divide(both, rates[..., 1:2], out=second.copy(), where=rates[..., 1:2] > 0)
+    survive = np.cumprod(rates, axis=-1)
     # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 behind an unlikely outcome,
     # and k for other fresh ones. Row b, column n of `chain`: the chance that more than n drafts stand.
     kinds, there = _states(k)
-    chain = np.zeros((k + 1, k + 1))
-    chain[:, :k] = survive[kinds] * there
+    chain = np.zeros((*rates.shape[:-2], k + 1, k + 1))
+    chain[..., :k] = survive[..., kinds, :] * there
     # What an outcome leads to: fresh drafts, whatever it is, or what it leaves where it was not drafted for.
     each = np.zeros(k + 1)
     likely, drafted = each + cover.likely, each + cover.drafted
     missed = _missed(k, plan.proposals if plan.method == "tidar" else k)
-    moves = (1 - drafted)[:, None] * ((chain[:, :-1] - chain[:, 1:]) @ missed)
-    moves[:, k] += likely
-    moves[:, 0] += drafted - likely
-    share = moves / 2
-    share.flat[:: k + 2] += 0.5  # lazy, so no cycles
+    moves = (1 - drafted)[:, None] * ((chain[..., :-1] - chain[..., 1:]) @ missed)
+    moves[..., k] += likely
+    moves[..., 0] += drafted - likely
+    share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
     for _ in range(8):
         share = share @ share
-    made = float(share[k] @ chain.sum(1))  # from the prefill's
+    made: Rates = (share[..., k, :] * chain.sum(-1)).sum(-1)  # from the prefill's
     return (made + 1) / 2 if plan.method == "linear" else made  # the drafting step makes one token certain too
 
 
@@ -227,9 +245,10 @@ def _states(k: int) -> tuple[Counts, NDArray[np.bool_]]:
 
 
 def speed(plan: Plan, rates: Rates, cover: Cover, seconds: Callable[[Shape], float]) -> float:
-    """Tokens a second of ``plan``, where steps take so many ``seconds``; the rest as of `tokens_per_step`."""
+    """Tokens a second of ``plan``, by what one takes on average over the rows of all ``rates`` (..., 3, K), where steps
+    take so many ``seconds``; the rest as of `tokens_per_step`."""
     steps = shapes(plan)
-    return tokens_per_step(plan, rates, cover) * len(steps) / sum(seconds(shape) for shape in steps)
+    return len(steps) / sum(map(seconds, steps)) / float(np.mean(1 / tokens_per_step(plan, rates, cover)))
 
 
 def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:

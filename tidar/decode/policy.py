@@ -12,7 +12,7 @@ import numpy as np
 
 from tidar.decode.clock import Clock
 from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
-from tidar.decode.planner import FRESH, TAILS, UNLIKELY, Acceptance, best, likeliest, speed
+from tidar.decode.planner import EASES, FRESH, OWN, TAILS, UNLIKELY, Acceptance, Rates, best, likeliest, speed
 
 __all__ = ["TOGETHER", "Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
@@ -140,17 +140,20 @@ class Planning:
         self._new = True
         self._came: list[tuple[Shape, Outcome]] = []
         self._every = every
-        self._looking = self._looks(REPLAN)
+        self._looking = self._looks(1)
         self._block = draft_len  # masks in the blocks that made the drafts
         self._behind = np.zeros(0, dtype=np.int64)  # offset of the certain token in its row's block
         self._unlikely = np.zeros(0, dtype=np.bool_)  # whether what came of the last drafts was
         self._sure = np.zeros(0, dtype=np.int64)  # drafts that alternates told
+        self._own = np.zeros((2, 0))  # of each row, how many drafts were compared and how many stood; the past fades
+        self._whole = False  # a batch of which no row has left
 
     def open(self, rows: int) -> int:
         self._came.clear()
         self._new = True
         self._block, self._behind = self._draft_len, np.zeros(rows, np.int64)
         self._unlikely, self._sure = np.zeros(rows, np.bool_), np.zeros(rows, np.int64)
+        self._own, self._whole = np.zeros((2, rows)), rows > 1
         return self._draft_len
 
     def begin(self, times: Callable[[Sequence[Plan]], Clock]) -> None:
@@ -158,7 +161,7 @@ class Planning:
         if self._new:
             next(self._looks(1))
             self._new = False
-        self._looking = self._looks(REPLAN)  # after a change of rows while the GPU works on
+        self._looking = self._looks(self._often())  # after a change of rows while the GPU works on
 
     def shape(self, held: int) -> Shape:
         wanted = self._wanted(held)
@@ -195,6 +198,7 @@ class Planning:
         self._take()
         rows = list(rows)
         self._behind, self._unlikely, self._sure = self._behind[rows], self._unlikely[rows], self._sure[rows]
+        self._own, self._whole = self._own[:, rows], False
 
     def close(self) -> None:
         self._take()
@@ -223,6 +227,10 @@ class Planning:
         if tested.any():
             kinds = np.where(begun > 0, TAILS, np.where(unlikely, UNLIKELY, FRESH))
             stood = np.minimum(n - 1, count)
+            told_of = np.where(tested, [np.minimum(stood + 1, count), stood], 0).sum(1)
+            self._own = OWN**steps * self._own + told_of
+            if self._whole:
+                self.acceptance.spread = self._eases()
             self.acceptance.update(kinds[tested], count[tested], stood[tested], sure[tested], steps)
             # What is left of a tail says little of whole blocks: too few outcomes to tell shares of them apart.
             whole = tested & (begun == 0)
@@ -233,11 +241,22 @@ class Planning:
                 self.acceptance.tried(each, met[asked], told[asked], steps)
         self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], told[-1]
 
+    def _often(self) -> int:
+        """Steps that a look is spread over: fewer where they take longer."""
+        return max(REPLAN // 4, REPLAN // max(1, len(self._behind)))
+
+    def _eases(self) -> Rates:
+        """Powers (at most `EASES`,) of the rows (`Acceptance.eases`), or of those of the batch before."""
+        powers = self.acceptance.eases(*self._own)
+        if len(powers) > 1 and not self._own.any():
+            return self.acceptance.spread
+        return powers if len(powers) < EASES else np.quantile(powers, (np.arange(EASES) + 0.5) / EASES)
+
     def _looks(self, steps: int) -> Iterator[None]:
         """Look at all plans, some in each of so many steps, then follow the quickest; and begin again."""
         count = len(self._plans)
         while True:
-            rates, speeds = self.acceptance.rates(self._draft_len), {}
+            rates, speeds = self.acceptance.rates(self._draft_len) ** self._eases()[:, None, None], {}
             for step in range(steps):
                 for plan in self._plans[step * count // steps : (step + 1) * count // steps]:
                     speeds[plan] = speed(plan, rates, self.acceptance.cover(plan), self.times)

@@ -16,15 +16,15 @@ import torch
 from tidar.decode import plan
 from tidar.decode.plan import Shape
 from tidar.fast import timing
-from tidar.kernels import product_tiles, workspace
+from tidar.kernels import hopper_tiles, product_tiles, workspace
 from tidar.model import CausalLM
 from tidar.provenance import versions
 
 __all__ = ["Latency", "folder"]
 
-RULES = hashlib.sha256("".join(map(inspect.getsource, (product_tiles, workspace, timing, plan))).encode()).hexdigest()[
-    :16
-]
+RULES = hashlib.sha256(
+    "".join(map(inspect.getsource, (hopper_tiles, product_tiles, workspace, timing, plan))).encode()
+).hexdigest()[:16]
 """Of what chooses the kernels' tiles, of how time is taken, and of what a shape means."""
 
 
