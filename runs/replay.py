@@ -38,7 +38,7 @@ Line = dict[str, Any]
 
 def computed(plan: Plan, rates: Rates) -> float:
     """Tokens a step."""
-    return float(tokens_per_step(plan, rates, Acceptance().cover(plan)))
+    return float(tokens_per_step((plan,), rates, Acceptance().cover((plan,)))[0])
 
 
 def recorded(line: Line) -> Rates:

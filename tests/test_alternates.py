@@ -247,9 +247,8 @@ def test_what_alternates_are_worth_is_learned() -> None:
     assert seen.sure(1) == pytest.approx((0.25, 0), abs=0.01)
     assert seen.sure(2) == pytest.approx((0.5, 0.125), abs=0.01)
     assert seen.sure(3)[0] > 0.5, "what was not tried is believed as before"
-    cover = seen.cover(Plan("tidar", 8, 2, 2))
-    assert (cover.sure, cover.second) == seen.sure(2)
-    assert seen.cover(Plan("tidar", 8, 2)).sure == 0
+    cover = seen.cover((Plan("tidar", 8, 2, 2), Plan("tidar", 8, 2)))
+    assert np.array([cover.sure, cover.second]).T.tolist() == [list(seen.sure(2)), [0, 0]]
 
 
 def test_a_sure_draft_says_nothing_of_others() -> None:
@@ -275,9 +274,10 @@ def test_sure_drafts_are_counted_on() -> None:
     rates = np.full((3, 4), 0.5)
     rates[:, 0] = 1
     plan = Plan("tidar", 4, 4)
-    none = tokens_per_step(plan, rates, Cover(1.0, 1.0))
+    none = tokens_per_step((plan,), rates, Cover(1.0, 1.0))
     assert none == pytest.approx(1 + 0.5 + 0.25 + 0.125)
-    assert tokens_per_step(plan, rates, Cover(1.0, 1.0, 0.4, 0.2)) == pytest.approx(1 + 0.7 + (0.2 + 0.5 * 0.5) * 1.5)
+    some = tokens_per_step((plan,), rates, Cover(1.0, 1.0, 0.4, 0.2))
+    assert some == pytest.approx(1 + 0.7 + (0.2 + 0.5 * 0.5) * 1.5)
 
 
 def test_the_planner_tells_sure_drafts(leaning: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,13 +29,14 @@ from tidar.decode.planner import (
     Acceptance,
     Counts,
     Cover,
+    Plans,
     Rates,
     best,
     likeliest,
-    speed,
+    speeds,
     tokens_per_step,
 )
-from tidar.decode.policy import REPLAN, Planning
+from tidar.decode.policy import ABREAST, REPLAN, Planning
 from tidar.decode.tidar import _Picked
 from tidar.errors import TidarError
 from tidar.proposals import outcomes
@@ -59,11 +60,16 @@ def even_cover(covered: float) -> Cover:
     return Cover(covered, covered)
 
 
+def tokens(plan: Plan, rates: Rates, cover: Cover) -> float:
+    return float(tokens_per_step((plan,), rates, cover)[0])
+
+
 def quickest(
     plans: Sequence[Plan], rates: Rates, times: Clock, keep: Plan, cover: Callable[[Plan], Cover] | None = None
 ) -> Plan:
-    told = Acceptance().cover if cover is None else cover
-    return best({plan: speed(plan, rates, told(plan), times) for plan in plans}, keep)
+    told = cover or (lambda plan: Acceptance().cover((plan,)))
+    found = [speeds((plan,), rates, told(plan), times) for plan in plans]
+    return best({plan: each for one in found for plan, each in one.items()}, keep)
 
 
 def simulated(plan: Plan, rates: Rates, cover: Cover, steps: int) -> float:
@@ -101,25 +107,23 @@ RISING = np.array([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.6])
 def test_tokens_per_step(proposals: int, rates: Rates, cover: tuple[Any, ...]) -> None:
     plan = Plan("tidar", 8, proposals)
     expected = simulated(plan, rates, Cover(*cover), 60_000)
-    assert tokens_per_step(plan, rates, Cover(*cover)) == pytest.approx(expected, rel=0.02)
+    assert tokens(plan, rates, Cover(*cover)) == pytest.approx(expected, rel=0.02)
 
 
 def test_more_is_made_where_more_is_drafted_for() -> None:
     for count in (1, 3, 6):
         for covers in ([even_cover(share) for share in (0.0, 0.3, 0.7, 1.0)], [Cover(n, 1.0) for n in (0, 0.4, 1)]):
-            made = [tokens_per_step(Plan("tidar", 8, count), FALLING, cover) for cover in covers]
+            made = [tokens(Plan("tidar", 8, count), FALLING, cover) for cover in covers]
             assert made == sorted(made) and made[0] < 0.9 * made[-1]
 
 
 def test_tokens_per_step_of_the_others() -> None:
-    assert tokens_per_step(AR, FALLING, even_cover(1)) == 1
+    assert tokens(AR, FALLING, even_cover(1)) == 1
     linear, most = Plan("linear", 3), Cover(0.7, 1.0)
-    assert tokens_per_step(linear, FALLING, most) == pytest.approx(
-        (simulated(linear, FALLING, most, 60_000) + 1) / 2, rel=0.02
-    )
+    assert tokens(linear, FALLING, most) == pytest.approx((simulated(linear, FALLING, most, 60_000) + 1) / 2, rel=0.02)
     one = np.stack([FALLING[1], FALLING[1], FALLING[2]])  # what stood before does not count
-    assert tokens_per_step(linear, one, most) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
-    assert tokens_per_step(Plan("tidar", 3, 3), one, most) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
+    assert tokens(linear, one, most) == pytest.approx((1 + 0.9 + 0.9 * 0.8 + 1) / 2)
+    assert tokens(Plan("tidar", 3, 3), one, most) == pytest.approx(1 + 0.9 + 0.9 * 0.8)
 
 
 def test_choices() -> None:
@@ -179,11 +183,11 @@ def test_acceptance_is_what_was_seen_lately() -> None:
 
 def drafted(seen: Acceptance, plan: Plan) -> float:
     """Of all drafts, fresh ones."""
-    cover, k = seen.cover(plan), plan.draft_len
-    likely, covered = np.asarray(cover.likely), np.asarray(cover.drafted)
+    cover, k = seen.cover((plan,)), plan.draft_len
+    (likely,), (covered,) = np.asarray(cover.likely), np.asarray(cover.drafted)
     assert likely.shape == covered.shape == (k + 1,) and likely[k] == likely[0] and covered[k] == covered[0]
     most = Plan("tidar", k, int(likeliest(np.array(k))))
-    assert likely[k] == min(covered[k], np.asarray(seen.cover(most).drafted)[k])
+    assert likely[k] == min(covered[k], np.asarray(seen.cover((most,)).drafted)[0, k])
     assert likely[k - 1] == covered[k - 1] == pytest.approx(1), "where nothing is drafted it is known what comes"
     return float(covered[k])
 
@@ -215,10 +219,11 @@ def test_fewer_drafts_have_fewer_outcomes() -> None:
     seen = Acceptance()
     for _ in range(600):
         seen.placed(np.full(6, 6), np.arange(6))
-    cover = seen.cover(Plan("tidar", 6, 2))
-    assert cover.drafted == pytest.approx(np.array([2 / 6, 2 / 5, 2 / 4, 2 / 3, 1, 1, 2 / 6]), abs=0.01)
-    assert cover.likely == pytest.approx(np.array([2 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1, 2 / 6]), abs=0.01)
-    assert seen.cover(Plan("linear", 6)).drafted == pytest.approx(np.ones(7))
+    cover = seen.cover((Plan("tidar", 6, 2), Plan("linear", 6)))
+    (drafted, every), (likely, _) = np.asarray(cover.drafted), np.asarray(cover.likely)
+    assert drafted == pytest.approx(np.array([2 / 6, 2 / 5, 2 / 4, 2 / 3, 1, 1, 2 / 6]), abs=0.01)
+    assert likely == pytest.approx(np.array([2 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1, 2 / 6]), abs=0.01)
+    assert every == pytest.approx(np.ones(7))
 
 
 def test_outcomes_count_one_by_one() -> None:
@@ -500,17 +505,18 @@ def test_a_look_is_spread_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
         looked: list[Plan] = []
 
-        def noting(plan: Plan, *_: object, looked: list[Plan] = looked) -> float:
-            looked.append(plan)
-            return float(tokens_per_step(plan, even(0.9, 33), even_cover(1.0)))
+        def noting(plans: Plans, *_: object, looked: list[Plan] = looked) -> dict[Plan, float]:
+            looked.extend(plans)
+            return {plan: tokens(plan, even(0.9, 33), even_cover(1.0)) for plan in plans}
 
-        monkeypatch.setattr("tidar.decode.policy.speed", noting)
-        most = -(-len(plans) // REPLAN)
-        for step in range(1, REPLAN + 2):
+        monkeypatch.setattr("tidar.decode.policy.speeds", noting)
+        before = 0
+        for _ in range(REPLAN + 1):
             policy.learn(Shape(1, 0, 1), Outcome([1], [1], [0], [-1], [0]))
-            assert len(looked) <= step * most
+            assert len(looked) - before <= ABREAST
+            before = len(looked)
         assert set(looked) == set(plans)
-        assert policy.plan == best({plan: noting(plan) for plan in plans}, policy.plan)
+        assert policy.plan == best(noting(tuple(plans)), policy.plan)
         policy.open(4)  # longer steps
         policy.begin(lambda _: Times([(1, 1.0), (1000, 1.0)]))
         looked.clear()
@@ -536,10 +542,26 @@ def test_rows_are_not_alike() -> None:
 def test_a_plan_is_judged_by_what_a_token_takes() -> None:
     plan, cover = Plan("tidar", 8, 3), even_cover(0.8)
     rates = [even(0.95, 8), even(0.4, 8)]
-    fast, slow = (speed(plan, each, cover, lambda _: 0.5) for each in rates)
-    both = speed(plan, np.stack(rates), cover, lambda _: 0.5)
+    fast, slow, both = (speeds((plan,), each, cover, lambda _: 0.5)[plan] for each in (*rates, np.stack(rates)))
     assert both == pytest.approx(2 / (1 / fast + 1 / slow)) and both < 0.9 * (fast + slow) / 2
-    assert fast == pytest.approx(2 * float(tokens_per_step(plan, rates[0], cover)))
+    assert fast == pytest.approx(2 * tokens(plan, rates[0], cover))
+
+
+def test_plans_are_looked_at_together() -> None:
+    """Which is quicker than one by one, and tells the same."""
+    seen = Acceptance()
+    saw(seen, *[(FRESH, 15, 9), (UNLIKELY, 15, 2), (TAILS, 6, 4)] * 20)
+    seen.tried(4, np.array([0, 2, -1]), np.array([2, 1, 0]))
+    rates = seen.rates(16) ** np.array([0.4, 1.0, 2.0])[:, None, None]
+    seconds = {shape: 1 + shape.queries / 99 for plan in few(16) for shape in shapes(plan)}
+    for k in (16, 8, 4):
+        plans = tuple(plan for plan in few(16) if plan.draft_len == k)
+        together = speeds(plans, rates, seen.cover(plans), seconds.__getitem__)
+        for plan in plans:
+            assert speeds((plan,), rates, seen.cover((plan,)), seconds.__getitem__)[plan] == pytest.approx(
+                together[plan]
+            )
+        assert len(set(together.values())) == len(plans) > 2
 
 
 def test_slow_rows_count() -> None:

@@ -31,7 +31,7 @@ from tidar.decode.plan import Plan, Shape, shapes
 from tidar.proposals import MOST_ALTERNATES
 
 __all__ = [
-    "TAIL", "Acceptance", "Cover", "Rates", "best", "likeliest", "speed", "tokens_per_step",
+    "TAIL", "Acceptance", "Cover", "Plans", "Rates", "best", "likeliest", "speeds", "tokens_per_step",
 ]  # fmt: skip
 
 FORGET, STALE = 0.98, 0.995
@@ -64,6 +64,7 @@ all others; and the powers between which it can be."""
 MARGIN = 1.03
 """How much quicker another plan must look: looks are noisy, and changing costs a step."""
 
+Plans = tuple[Plan, ...]
 Rates = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
@@ -147,14 +148,12 @@ class Acceptance:
         first, paired = (min(MOST, float(some.sum())) for some in (each, each[: alternates // 2]))
         return first, paired * self._second / self._first
 
-    def cover(self, plan: Plan) -> Cover:
-        """How often outcomes are what a plan is prepared for, in each state of `tokens_per_step`."""
-        k = plan.draft_len
-        outcomes = k - np.append(np.arange(k), 0)  # as many as there are drafts, the certain token among them
-        wanted = np.minimum(plan.proposals if plan.method == "tidar" else k, outcomes)
-        asked = np.concatenate([wanted, likeliest(outcomes)]) / np.concatenate([outcomes, outcomes])
-        drafted, likely = np.interp(asked, GRID, self._covered).reshape(2, -1)
-        return Cover(np.minimum(likely, drafted) / self._placed, drafted / self._placed, *self.sure(plan.alternates))
+    def cover(self, plans: Plans) -> Cover:
+        """How often outcomes are what plans of one draft length are prepared for, in each state of
+        `tokens_per_step`."""
+        drafted, likely = np.interp(_asked(plans), GRID, self._covered) / self._placed
+        sure = np.array([self.sure(plan.alternates) for plan in plans])
+        return Cover(np.minimum(likely, drafted), drafted, *sure.T)
 
     def rates(self, longest: int) -> Rates:
         """(3, longest) probabilities, of fresh drafts behind unlikely outcomes, of others, and of tails; entry 0, the
@@ -186,35 +185,52 @@ def likeliest(outcomes: Counts) -> Counts:
     return count
 
 
+@cache
+def _asked(plans: Plans) -> Rates:
+    """(2, P, k + 1), for each state of `tokens_per_step`: the share of all outcomes, as many as there are drafts, the
+    certain token among them, that is drafted for; and that is no surprise."""
+    k = plans[0].draft_len
+    outcomes = k - np.append(np.arange(k), 0)
+    wanted = [np.minimum(_proposals(plan), outcomes) for plan in plans]
+    asked: Rates = np.array([wanted, [likeliest(outcomes)] * len(plans)]) / outcomes
+    return asked
+
+
+def _proposals(plan: Plan) -> int:
+    return plan.proposals if plan.method == "tidar" else plan.draft_len
+
+
 class Cover(NamedTuple):
-    """How often outcomes are what a step was prepared for: once for all states of `tokens_per_step`, or of each."""
+    """How often outcomes are what P steps were prepared for: once for all states of `tokens_per_step`, or of each; and
+    for all steps, or of each."""
 
     likely: Rates | float
-    """Drafted for, and no surprise."""
+    """(P, states), drafted for, and no surprise."""
     drafted: Rates | float
-    """Drafted for."""
-    sure: float = 0.0
-    """Continued by an alternate, of all."""
-    second: float = 0.0
-    """And by the second of its pair."""
+    """(P, states), drafted for."""
+    sure: Rates | float = 0.0
+    """(P,), continued by an alternate, of all."""
+    second: Rates | float = 0.0
+    """(P,), and by the second of its pair."""
 
 
-def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> Rates:
-    """Tokens (...) a step of ``plan`` commits on average, in the long run.
+def tokens_per_step(plans: Plans, rates: Rates, cover: Cover) -> Rates:
+    """Tokens (..., P) that a step of each of P ``plans`` commits on average, in the long run.
 
     Args:
-        plan: the policy.
-        rates: (..., 3, at least ``plan.draft_len``) acceptance, as of `Acceptance.rates`.
+        plans: of one draft length.
+        rates: (..., 3, at least the draft length) acceptance, as of `Acceptance.rates`.
         cover: as of `Acceptance.cover`.
     """
-    k = plan.draft_len
-    if plan.method == "ar" or k == 1:
-        return np.ones(rates.shape[:-2])
-    rates = rates[..., :k].copy()
+    k = plans[0].draft_len
+    if k == 1:
+        return np.ones((*rates.shape[:-2], len(plans)))
+    sure, more = (np.reshape(each, (-1, 1, 1)) for each in (cover.sure, cover.second))
+    rates = np.repeat(rates[..., None, :, :k], len(plans), -3)
     first, second = rates[..., 1:2].copy(), rates[..., 2:3]
-    rates[..., 1:2] += cover.sure * (1 - first)
+    rates[..., 1:2] += sure * (1 - first)
     # Both are sure, the first alone is, or none: the second's chance once the first stands.
-    both = cover.second + (cover.sure - cover.second + (1 - cover.sure) * first) * second
+    both = more + (sure - more + (1 - sure) * first) * second
     rates[..., 2:3] = np.divide(both, rates[..., 1:2], out=second.copy(), where=rates[..., 1:2] > 0)
     survive = np.cumprod(rates, axis=-1)
     # State: how far into their block the drafts begin, 0 … k-1, at k-1 there are none; 0 behind an unlikely outcome,
@@ -223,17 +239,16 @@ def tokens_per_step(plan: Plan, rates: Rates, cover: Cover) -> Rates:
     chain = np.zeros((*rates.shape[:-2], k + 1, k + 1))
     chain[..., :k] = survive[..., kinds, :] * there
     # What an outcome leads to: fresh drafts, whatever it is, or what it leaves where it was not drafted for.
-    each = np.zeros(k + 1)
-    likely, drafted = each + cover.likely, each + cover.drafted
-    missed = _missed(k, plan.proposals if plan.method == "tidar" else k)
-    moves = (1 - drafted)[:, None] * ((chain[..., :-1] - chain[..., 1:]) @ missed)
-    moves[..., k] += likely
-    moves[..., 0] += drafted - likely
+    drafted = np.zeros((len(plans), k + 1)) + cover.drafted
+    moves = (1 - drafted)[..., None] * ((chain[..., :-1] - chain[..., 1:]) @ _missed(plans))
+    moves[..., k] += cover.likely
+    moves[..., 0] += drafted - cover.likely
     share = (moves + np.eye(k + 1)) / 2  # lazy, so no cycles
     for _ in range(8):
         share = share @ share
     made: Rates = (share[..., k, :] * chain.sum(-1)).sum(-1)  # from the prefill's
-    return (made + 1) / 2 if plan.method == "linear" else made  # the drafting step makes one token certain too
+    # The drafting step of two forwards makes one token certain too.
+    return np.where([plan.method == "linear" for plan in plans], (made + 1) / 2, made)
 
 
 @cache
@@ -244,11 +259,15 @@ def _states(k: int) -> tuple[Counts, NDArray[np.bool_]]:
     return kinds, np.add.outer(begins, np.arange(k)) < k
 
 
-def speed(plan: Plan, rates: Rates, cover: Cover, seconds: Callable[[Shape], float]) -> float:
-    """Tokens a second of ``plan``, by what one takes on average over the rows of all ``rates`` (..., 3, K), where steps
-    take so many ``seconds``; the rest as of `tokens_per_step`."""
-    steps = shapes(plan)
-    return len(steps) / sum(map(seconds, steps)) / float(np.mean(1 / tokens_per_step(plan, rates, cover)))
+def speeds(plans: Plans, rates: Rates, cover: Cover, seconds: Callable[[Shape], float]) -> dict[Plan, float]:
+    """Tokens a second of ``plans``, by what one takes on average over the rows of all ``rates`` (..., 3, K), where
+    steps take so many ``seconds``; the rest as of `tokens_per_step`."""
+    tokens = tokens_per_step(plans, rates, cover)
+    taken = (1 / tokens).reshape(-1, len(plans)).mean(0).tolist()  # steps a token
+    goes = [shapes(plan) for plan in plans]
+    return {
+        plan: len(steps) / sum(map(seconds, steps)) / each for plan, steps, each in zip(plans, goes, taken, strict=True)
+    }
 
 
 def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
@@ -258,8 +277,13 @@ def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:
 
 
 @cache
-def _missed(k: int, proposals: int) -> Rates:
-    """(k, k + 1): the next drafts' state (column) if exactly n = 1 … k stand (row) and that was not drafted for.
+def _missed(plans: Plans) -> Rates:
+    """(P, k, k + 1): the next drafts' state (column) if exactly n = 1 … k stand (row) and that was not drafted for."""
+    return np.stack([_missed_of(plan.draft_len, _proposals(plan)) for plan in plans])
+
+
+def _missed_of(k: int, proposals: int) -> Rates:
+    """(k, k + 1), of one plan.
 
     Proposals cut 1 … k into as many parts and one; below the lowest there are no drafts.
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from tidar.decode.clock import Clock
 from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates
-from tidar.decode.planner import EASES, FRESH, OWN, TAILS, UNLIKELY, Acceptance, Rates, best, likeliest, speed
+from tidar.decode.planner import EASES, FRESH, OWN, TAILS, UNLIKELY, Acceptance, Plans, Rates, best, likeliest, speeds
 
 __all__ = ["TOGETHER", "Alternating", "Autoregressive", "Fixed", "Planning", "Policy"]
 
@@ -21,6 +21,8 @@ TOGETHER = 8
 REPLAN = 64
 """Steps that a look at all plans is spread over, but for those that others are learnt in: at once it would take the
 host longer than a small model's step takes the GPU, and the GPU would wait."""
+ABREAST = 10
+"""Plans that are looked at together: arrays of a few plans take hardly longer than of one."""
 PROBE = 64
 """Autoregressive steps after which a round of drafts asks whether they have become better."""
 
@@ -254,12 +256,20 @@ class Planning:
 
     def _looks(self, steps: int) -> Iterator[None]:
         """Look at all plans, some in each of so many steps, then follow the quickest; and begin again."""
-        count = len(self._plans)
+        groups = _groups(self._plans)
         while True:
-            rates, speeds = self.acceptance.rates(self._draft_len) ** self._eases()[:, None, None], {}
+            rates = self.acceptance.rates(self._draft_len) ** self._eases()[:, None, None]
+            found: dict[Plan, float] = {}
             for step in range(steps):
-                for plan in self._plans[step * count // steps : (step + 1) * count // steps]:
-                    speeds[plan] = speed(plan, rates, self.acceptance.cover(plan), self.times)
+                for plans in groups[step * len(groups) // steps : (step + 1) * len(groups) // steps]:
+                    found |= speeds(plans, rates, self.acceptance.cover(plans), self.times)
                 if step == steps - 1:
-                    self.plan = best(speeds, self.plan)
+                    self.plan = best(found, self.plan)
                 yield
+
+
+def _groups(plans: Sequence[Plan]) -> list[Plans]:
+    """Plans of one draft length, which are looked at together."""
+    lengths = dict.fromkeys(plan.draft_len for plan in plans)
+    alike = [tuple(plan for plan in plans if plan.draft_len == k) for k in lengths]
+    return [each[first : first + ABREAST] for each in alike for first in range(0, len(each), ABREAST)]
