@@ -26,7 +26,7 @@ from tidar.decode.policy import Alternating, Autoregressive, Fixed, Planning, Po
 from tidar.errors import TidarError
 from tidar.fast import obstacle
 from tidar.fast.decoder import FastDecoder
-from tidar.fast.engine import Engine
+from tidar.fast.engine import MOST, Engine
 from tidar.fast.latency import Latency
 from tidar.fast.lean import FAMILIES, Hidden
 from tidar.fast.network import Flags, Network
@@ -327,6 +327,31 @@ def test_rows_move_to_smaller_batches(engine: Engine, qwen3: Model) -> None:
         found = generation.generate(engine.core, prompts, each, _once(decoder), 5)
         assert [c.token_ids for c in found] == [c.token_ids for c in expected]
         assert sizes == [(3, 4), (2, 2), (1, 1)]
+
+
+def test_rows_are_adopted_as_they_stand(engine: Engine) -> None:
+    """Whichever, in any order, again and again through what is captured once; the rest is at rest."""
+    pages = engine._room(8)
+    large, small = (Slots(n, MOST, 50, 4, pages, engine.core.device) for n in (5, 2))
+    ready: list[object] = []
+
+    def captured(move: Callable[[], object]) -> Callable[[], object]:
+        ready.append(move)
+        return engine.captured(move, 2)
+
+    for turn, rows in enumerate(([4, 1], [3], [0, 2])):
+        for tensor in (*large._state, *large.params.tensors):
+            span = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape) + turn
+            tensor.copy_(span % 2 if tensor.dtype == torch.bool else span)
+        small.tickets.fill_(9)
+        params = [t.clone() for t in small.params.tensors]
+        small.adopt(large, rows, captured)
+        for mine, theirs in zip(small._state[:-2], large._state[:-2], strict=True):
+            assert torch.equal(mine[: len(rows)], theirs[rows]) and not mine[len(rows) :].any()
+        for mine, theirs, before in zip(small.params.tensors, large.params.tensors, params, strict=True):
+            assert torch.equal(mine, torch.cat([theirs[rows], before[len(rows) :]]))
+        assert not small.tickets.any() and torch.equal(small.bad, large.bad)
+    assert len(ready) == 1
 
 
 @pytest.mark.skipif(not GPU, reason="nothing is captured without a GPU")

@@ -59,6 +59,23 @@ def test_small_weights_run_at_once(rows: int) -> None:
         assert tiles.splits == 1 or depth / tiles.splits >= 2 * DEPTH
 
 
+def test_small_weights_as_they_were_quickest() -> None:
+    """On one H200, within whole steps."""
+    chosen = {rows: [hopper_tiles(rows, *size, 2) for size in SMALL.values()] for rows in (64, 80)}
+    assert chosen[64] == [
+        HopperTiles(64, 32, late=True),
+        HopperTiles(64, 32, 2),
+        HopperTiles(64, 32),
+        HopperTiles(64, 32, 4),
+    ]
+    assert chosen[80] == [
+        HopperTiles(64, 64, late=True),
+        HopperTiles(64, 32, 2),
+        HopperTiles(64, 64),
+        HopperTiles(64, 64, 4),
+    ]
+
+
 def test_where_others_serve_better() -> None:
     for sizes in (
         (1, 4096, 4096, 2),

@@ -20,6 +20,7 @@ from tidar.decode.plan import AR, SINGLE, Outcome, Plan, Shape, candidates, few,
 from tidar.decode.planned import PlannedDecoder, measure
 from tidar.decode.planner import (
     BELOW,
+    FIRM,
     FORGET,
     FRESH,
     PRIOR,
@@ -537,6 +538,8 @@ def test_rows_are_not_alike() -> None:
     assert powers[0] == pytest.approx(1, abs=0.02) and 1.5 < powers[1] < 2 and powers[2] < 1
     assert powers[3] == pytest.approx(1, abs=1e-6), "nothing is known of it"
     assert (seen.eases(np.full(2, 1e9), np.array([0.0, 1e9])) == [5, 0.1]).all()
+    few = seen.eases(np.array([FIRM]), np.array([FIRM]))  # as much as is believed
+    assert few == pytest.approx(np.log((1 + mean) / 2) / np.log(mean), abs=0.02)
 
 
 def test_a_plan_is_judged_by_what_a_token_takes() -> None:
@@ -582,11 +585,13 @@ def test_slow_rows_count() -> None:
             for _ in range(2 * REPLAN):
                 policy.learn(shapes(longer)[0], Outcome(accepted, [0] * 6, [0] * 6, [-1] * 6, [0] * 6))
         found.append((policy.plan, first))
+        spread = told.spread
         policy.select([0])
         policy.begin(lambda _: times)
         for _ in range(REPLAN):
             policy.learn(shapes(longer)[0], Outcome(accepted[:1], [0], [0], [-1], [0]))
         assert policy.plan == longer, "the row that is left is a fast one"
+        assert (told.spread == spread).all(), "but says nothing of the next batch"
     assert found == [(shorter, shorter), (longer, longer)]
 
 

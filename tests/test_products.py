@@ -282,6 +282,22 @@ def test_one_after_another_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     pdl._able.cache_clear()
 
 
+def test_when_the_next_kernel_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late behind small tiles, unless they fill an H200 once."""
+    seen: list[object] = []
+
+    def noting(device: torch.device, *, when: Any = pdl.EARLY) -> dict[str, int]:
+        seen.append(when)
+        return pdl.options(device, when=when)
+
+    monkeypatch.setattr(products, "options", noting)
+    x = torch.zeros(65, 16, device=DEVICE)
+    for rows, features in ((1, 640), (1, 1056), (1, 1064), (65, 640)):
+        tiles = ProductTiles(1 if rows == 1 else 64, 8 if rows == 1 else 16, 16, 1, 2)
+        products.norm_linear(x[:rows], None, torch.zeros(features, 16, device=DEVICE), tiles=tiles)
+    assert seen == [pdl.LATE, pdl.EARLY, pdl.LATE, pdl.EARLY]
+
+
 def test_twin_is_the_modules() -> None:
     """In the order of Hugging Face's: normalised, weighted, projected."""
     given = Case(bias=True, chosen=True, dtype=torch.float64).tensors()
