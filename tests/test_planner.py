@@ -538,8 +538,8 @@ def test_rows_are_not_alike() -> None:
     assert powers[0] == pytest.approx(1, abs=0.02) and 1.5 < powers[1] < 2 and powers[2] < 1
     assert powers[3] == pytest.approx(1, abs=1e-6), "nothing is known of it"
     assert (seen.eases(np.full(2, 1e9), np.array([0.0, 1e9])) == [5, 0.1]).all()
-    few = seen.eases(np.array([FIRM]), np.array([FIRM]))  # as much as is believed
-    assert few == pytest.approx(np.log((1 + mean) / 2) / np.log(mean), abs=0.02)
+    one = seen.eases(np.array([FIRM]), np.array([FIRM]))  # as much as is believed
+    assert one == pytest.approx(np.log((1 + mean) / 2) / np.log(mean), abs=0.02)
 
 
 def test_a_plan_is_judged_by_what_a_token_takes() -> None:
