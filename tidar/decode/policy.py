@@ -252,7 +252,10 @@ class Planning:
         powers = self.acceptance.eases(*self._own)
         if len(powers) > 1 and not self._own.any():
             return self.acceptance.spread
-        return powers if len(powers) < EASES else np.quantile(powers, (np.arange(EASES) + 0.5) / EASES)
+        if len(powers) <= EASES:
+            return powers
+        powers.sort()
+        return powers[np.arange(1, 2 * EASES, 2) * len(powers) // (2 * EASES)]
 
     def _looks(self, steps: int) -> Iterator[None]:
         """Look at all plans, some in each of so many steps, then follow the quickest; and begin again."""
