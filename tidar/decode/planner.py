@@ -56,11 +56,13 @@ the n-th is less often; and how often the second of a pair is the token behind t
 KINDS = 3
 UNLIKELY, FRESH, TAILS = range(KINDS)
 """Kinds of drafts: fresh ones behind an unlikely outcome, other fresh ones, and tails."""
-EASES = 3
+EASES = 4
 """Rows of so many kinds stand for all of a batch."""
-OWN, FIRM, EASY = 0.97, 8.0, (0.1, 5.0)
-"""What a row's observation still weighs one step later; how many of them count as much as the belief that it is like
-all others; and the powers between which it can be."""
+OWN, FIRM = 0.97, 8.0
+"""What a row's observation still weighs one step later, and how many of them count as much as the belief that it is
+like all others."""
+SEEMLY, EASY = (1e-3, 1 - 1e-3), (0.1, 5.0)
+"""Between what rates are compared, and what powers come of it."""
 MARGIN = 1.03
 """How much quicker another plan must look: looks are noisy, and changing costs a step."""
 
@@ -70,7 +72,11 @@ Counts = NDArray[np.int64]
 
 
 class Acceptance:
-    """How often the first, second, … draft was accepted, given that those before it were; the past fades."""
+    """How often the first, second, … draft was accepted, given that those before it were; the past fades.
+
+    Attributes:
+        spread: (at most `EASES`,) powers of the rows of the last batch, ascending, for a new one to begin with.
+    """
 
     def __init__(self) -> None:
         # Of each kind how often each draft was compared, and below, how often it stood; none is at place 0.
@@ -83,7 +89,7 @@ class Acceptance:
         self._asked: Rates = np.full(MOST_ALTERNATES, PRIOR[1])
         # How often the second of a pair followed, and how often there was one behind an alternate that came.
         self._second, self._first = PRIOR[1] * SECOND, PRIOR[1]
-        self.spread: Rates = np.ones(EASES)  # powers of a batch's rows when last there was one
+        self.spread: Rates = np.ones(EASES)
 
     def update(
         self, kinds: Counts, counts: Counts, accepted: Counts, sure: Counts | None = None, steps: int = 1
@@ -135,11 +141,11 @@ class Acceptance:
         self._first = FORGET**steps * self._first + int(paired.sum())
 
     def eases(self, compared: Rates, stood: Rates) -> Rates:
-        """(R,) powers of rows that had so many drafts compared, of which so many stood."""
+        """(R,) powers of rows of whose drafts, sure ones apart, so many were ``compared`` and ``stood``, both (R,)."""
         asked, hits = self._told[:KINDS, 1:].sum(), self._told[KINDS:, 1:].sum()
-        mean = min(MOST, float((hits + PRIOR[0] * PRIOR[1]) / (asked + PRIOR[1])))
-        own = np.clip((stood + FIRM * mean) / (compared + FIRM), 1e-3, 1 - 1e-3)
-        powers: Rates = np.clip(np.log(own) / np.log(max(mean, 1e-3)), *EASY)
+        mean = np.clip((hits + PRIOR[0] * PRIOR[1]) / (asked + PRIOR[1]), *SEEMLY)
+        own = np.clip((stood + FIRM * mean) / (compared + FIRM), *SEEMLY)
+        powers: Rates = np.clip(np.log(own) / np.log(mean), *EASY)
         return powers
 
     def sure(self, alternates: int) -> tuple[float, float]:
@@ -149,8 +155,7 @@ class Acceptance:
         return first, paired * self._second / self._first
 
     def cover(self, plans: Plans) -> Cover:
-        """How often outcomes are what plans of one draft length are prepared for, in each state of
-        `tokens_per_step`."""
+        """How often outcomes are what plans of one draft length are prepared for, in states of `tokens_per_step`."""
         drafted, likely = np.interp(_asked(plans), GRID, self._covered) / self._placed
         sure = np.array([self.sure(plan.alternates) for plan in plans])
         return Cover(np.minimum(likely, drafted), drafted, *sure.T)
@@ -187,8 +192,8 @@ def likeliest(outcomes: Counts) -> Counts:
 
 @cache
 def _asked(plans: Plans) -> Rates:
-    """(2, P, k + 1), for each state of `tokens_per_step`: the share of all outcomes, as many as there are drafts, the
-    certain token among them, that is drafted for; and that is no surprise."""
+    """(2, P, k + 1), of each state of `tokens_per_step` the shares of all outcomes, as many as there are drafts with
+    the certain token, that are drafted for; and that are no surprise."""
     k = plans[0].draft_len
     outcomes = k - np.append(np.arange(k), 0)
     wanted = [np.minimum(_proposals(plan), outcomes) for plan in plans]
@@ -201,8 +206,7 @@ def _proposals(plan: Plan) -> int:
 
 
 class Cover(NamedTuple):
-    """How often outcomes are what P steps were prepared for: once for all states of `tokens_per_step`, or of each; and
-    for all steps, or of each."""
+    """How often outcomes are what P steps were prepared for; once for all steps and their states, or of each."""
 
     likely: Rates | float
     """(P, states), drafted for, and no surprise."""
@@ -264,10 +268,8 @@ def speeds(plans: Plans, rates: Rates, cover: Cover, seconds: Callable[[Shape], 
     steps take so many ``seconds``; the rest as of `tokens_per_step`."""
     tokens = tokens_per_step(plans, rates, cover)
     taken = (1 / tokens).reshape(-1, len(plans)).mean(0).tolist()  # steps a token
-    goes = [shapes(plan) for plan in plans]
-    return {
-        plan: len(steps) / sum(map(seconds, steps)) / each for plan, steps, each in zip(plans, goes, taken, strict=True)
-    }
+    long = [sum(map(seconds, shapes(plan))) / len(shapes(plan)) for plan in plans]
+    return {plan: 1 / (step * each) for plan, step, each in zip(plans, long, taken, strict=True)}
 
 
 def best(speeds: Mapping[Plan, float], keep: Plan) -> Plan:

@@ -210,13 +210,13 @@ class Planning:
         if not self._came:
             return
         shapes = [shape for shape, _ in self._came]
-        n, behind, places, met, told = np.array([outcome for _, outcome in self._came]).swapaxes(0, 1)
+        n, behind, places, met, known = np.array([outcome for _, outcome in self._came]).swapaxes(0, 1)
         steps = len(shapes)
         self._came.clear()
         drafts = np.array([shape.drafts for shape in shapes])[:, None]
         # What the drafts of each step were is told by the outcome before it.
         begun = np.concatenate([self._behind[None], behind[:-1]])
-        sure = np.concatenate([self._sure[None], told[:-1]])
+        sure = np.concatenate([self._sure[None], known[:-1]])
         held = np.array([self._block, *(shape.masks for shape in shapes[:-1])])[:, None]
         count = np.minimum(drafts, held - begun) - 1
         tested = count > 0
@@ -229,8 +229,9 @@ class Planning:
         if tested.any():
             kinds = np.where(begun > 0, TAILS, np.where(unlikely, UNLIKELY, FRESH))
             stood = np.minimum(n - 1, count)
-            told_of = np.where(tested, [np.minimum(stood + 1, count), stood], 0).sum(1)
-            self._own = OWN**steps * self._own + told_of
+            told = np.array([np.minimum(stood + 1, count), stood])
+            told -= np.minimum(told, sure)  # what was certain says nothing of the row
+            self._own = OWN**steps * self._own + np.where(tested, told, 0).sum(1)
             if self._whole:
                 self.acceptance.spread = self._eases()
             self.acceptance.update(kinds[tested], count[tested], stood[tested], sure[tested], steps)
@@ -240,8 +241,8 @@ class Planning:
         for each in {shape.alternates for shape in shapes} - {0}:
             asked = tested & np.array([shape.alternates == each for shape in shapes])[:, None]
             if asked.any():
-                self.acceptance.tried(each, met[asked], told[asked], steps)
-        self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], told[-1]
+                self.acceptance.tried(each, met[asked], known[asked], steps)
+        self._block, self._behind, self._sure = shapes[-1].masks, behind[-1], known[-1]
 
     def _often(self) -> int:
         """Steps that a look is spread over: fewer where they take longer."""

@@ -112,6 +112,7 @@ class Slots:
             rows: of it.
             ready: makes what is launched for it, once: a captured graph, say.
         """
+        # Read when the copy runs: that of an earlier batch has, as somebody has read what came of it or of a prefill.
         self._named.fill_(-1)
         self._named[: len(rows)] = torch.tensor(rows)
         self.once(("adopt", other), lambda: ready(lambda: self._take(other)))()

@@ -1,4 +1,4 @@
-// A matrix product of some dozens of rows with what stands before and behind it, for Hopper GPUs.
+// A matrix product of few rows with what stands before and behind it, for Hopper GPUs.
 //
 // What it computes and what its arguments are, `hopper.py` says; `hopper_code.py` puts the constants in capitals,
 // the instruction `multiply` and `hopper_parts.cu` in front.

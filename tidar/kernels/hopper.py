@@ -1,6 +1,6 @@
-"""Products of some dozens of rows on Hopper GPUs, in CUDA C++, with what stands before and behind them.
+"""Products of two to some hundred rows on Hopper GPUs, in CUDA C++, with what stands before and behind them.
 
-For the larger models' steps, which are bound by the weight's way from memory: what Triton cannot say here is a warp
+Larger models' steps are bound by the weight's way from memory: what Triton cannot say here is a warp
 group that does nothing but bring tiles, columns in multiples of 16, so that every multiprocessor gets as many, and
 splits of the depth that join their sums through each other's shared memory (clusters). It is what
 `tidar.kernels.products` does with `HopperTiles`: the same arguments and results, to rounding, and the same twins. The

@@ -49,6 +49,8 @@ class HopperTiles:
             raise TidarError(
                 f"tiles have 64 or 128 rows, multiples of 16 up to 256 columns, and 1, 2 or 4 splits, not {self}"
             )
+        if self.stages < 2:  # a tile is given back when the next one is there
+            raise TidarError(f"tiles of {self} leave no room for a second: take fewer columns or no splits")
 
     @property
     def groups(self) -> int:
@@ -104,7 +106,7 @@ def _of_large(n_rows: int, features: int, depth: int) -> HopperTiles:
     while splits < max(ROOM) and features * splits < LEAST * PROCESSORS and depth >= 8 * splits * DEPTH:
         splits *= 2
     rows, room = -(-n_rows // 64) * 64, ROOM[splits]
-    choices = (HopperTiles(rows, cols, splits) for cols in range(32, 257, 16))
+    choices = (HopperTiles(rows, cols, splits) for cols in range(32, 257 if splits == 1 else 193, 16))
     return min(choices, key=lambda t: (-(-t.tiles(features) * splits // room) * t.cols, -t.cols))
 
 
@@ -115,7 +117,7 @@ def _of_small(n_rows: int, features: int, depth: int) -> HopperTiles:
     row_tiles = -(-n_rows // 64)
     splits = 1 if features > depth or depth < 4 * DEPTH else 2 if depth <= 8 * DEPTH else 4
     cols = 32 if row_tiles == 1 or splits == 2 else 64
-    while row_tiles * splits * -(-features // cols) > PROCESSORS and cols < 128:
+    while row_tiles * splits * -(-features // cols) > ROOM[splits] and cols < 128:
         cols += 32
     programs = row_tiles * splits * -(-features // cols)
     return HopperTiles(64, cols, splits, late=splits == 1 and programs <= FEW)

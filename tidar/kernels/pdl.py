@@ -19,8 +19,8 @@ see each other's memory as if they had run one after another:
 
 When to let the next grid start is a choice of time alone. At once, its programs gather on whichever multiprocessors
 have room first, several on one and none on another: where a kernel has few programs and the next one too, that was
-measured to cost more than it hides (docs/benchmarks.md). So a kernel of small tiles does so late, by `release` behind
-its loop; one of large tiles at once.
+measured to cost more than it hides (docs/benchmarks.md). So most kernels of small tiles do so late, by `release` behind
+their loop; those of large tiles at once, and others that were quicker so.
 
 A kernel may also run *beside* the one before it (`start`, `finish`), if that one lets it start behind its own barrier
 (`THEN`): all earlier kernels are done then, and what these two do, neither reads of the other. It waits at its end

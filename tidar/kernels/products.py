@@ -10,7 +10,7 @@ the grid decides. `tidar.kernels.reference_products` is the plain twin, `tidar.k
 `tidar.kernels.product_kernel` is the kernel. All are launched while the kernel ahead drains (`tidar.kernels.pdl`), and
 those of few rows have asked for their first weights by then.
 
-`HopperTiles` are for another kernel, of larger models and more rows: `tidar.kernels.hopper`. Without tiles a product is
+`HopperTiles` are for another kernel, of more rows than one: `tidar.kernels.hopper`. Without tiles a product is
 cuBLAS's, with launches of `tidar.kernels.rowwise` around it, and sums are formed by
 `tidar.kernels.residual`; what lies between comes from torch's allocator, as in any captured graph, and cuBLAS may sum
 differently for other numbers of rows.
@@ -36,7 +36,7 @@ from tidar.kernels import hopper
 from tidar.kernels.hopper_tiles import HopperTiles
 from tidar.kernels.pdl import EARLY, LATE, options
 from tidar.kernels.product_kernel import product
-from tidar.kernels.product_tiles import PROCESSORS, ProductTiles
+from tidar.kernels.product_tiles import PROCESSORS, SMALL, ProductTiles
 from tidar.kernels.quantised import Quantised, Weight
 from tidar.kernels.reference_products import Ready, check_add, check_product
 from tidar.kernels.rowwise import gated, result
@@ -242,9 +242,9 @@ def _launch(
         scaled = torch.empty(out.shape, dtype=x.dtype, device=x.device)
         squared, *others = torch.empty(1 + twice, grid[1], count, dtype=torch.float32, device=x.device)
         left = others[0] if twice else None
-    # Late where the next kernel's programs would gather on whatever is free; the other way where they find nothing free
-    # before these have ended.
-    fills = 3 * PROCESSORS // 4 < math.prod(grid) <= PROCESSORS
+    # Late, lest the next kernel's programs gather on whatever is free; but not where a small product takes every
+    # multiprocessor for a single short round.
+    fills = weight.numel() <= SMALL and PROCESSORS < math.prod(grid) <= 2 * PROCESSORS
     product[grid](
         taken[0], rows, into, squares, weighed, taken[1], scale, bias, out, norm, scaled, squared, left, part, arrived,
         count, eps, again, x.stride(0), squares_row, out.stride(0), BEHIND=behind, ADD=add,
